@@ -1,1 +1,13 @@
-//! Placeholder until the crate lands.
+//! One microVM on KVM: the machine, its devices, and the control socket through which the daemon drives it.
+//!
+//! A process of `isopod-vmm` is one VM. There is no async code: one event-loop thread serves the control socket
+//! ([`control`]), each vCPU is a thread, and each active device is a worker thread. The guest is hostile: every register it
+//! writes and every byte of its memory that is read is checked where it is used, and a bad guest ends its own VM only.
+//!
+//! Not here: firmware, legacy devices but a serial port, ACPI hot-plug, migration.
+
+#![deny(unsafe_code)]
+
+pub mod devices;
+pub mod tap;
+pub mod virtio;

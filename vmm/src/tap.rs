@@ -1,0 +1,1 @@
+//! Opening a tap interface.
