@@ -1,1 +1,7 @@
-//! Placeholder until the crate lands.
+//! End-to-end tests and benchmarks of isopod: what they share.
+
+#![forbid(unsafe_code)]
+
+pub mod kvm_trace;
+pub mod microvm;
+pub mod process_memory;
