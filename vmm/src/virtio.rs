@@ -35,6 +35,11 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, index: u16) -> io::Result<()>;
     /// Tells the driver that the configuration space changed.
     fn signal_config(&self) -> io::Result<()>;
+    /// The device has stopped and must be reset (virtio 1.2, section 2.1.2): the transport sets DEVICE_NEEDS_RESET where it
+    /// can, and tells the driver as for a changed configuration.
+    fn device_needs_reset(&self) -> io::Result<()> {
+        self.signal_config()
+    }
 }
 
 /// A queue the driver has set up, and the eventfd it notifies.
