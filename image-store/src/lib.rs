@@ -1,1 +1,28 @@
 //! OCI images as read-only EROFS block images: registry client, conversion, content store.
+//!
+//! [`ImageStore::pull`] fetches an image; each of its layers becomes, as its bytes arrive, one EROFS file named by the
+//! layer's diff id. [`ImageStore::disk`] gives an image as the segments of one disk: a GPT whose partition N is layer N.
+//!
+//! Invariants: nothing is unpacked to a directory tree and nothing is mounted; a file under its final name is complete,
+//! verified and durable; names are the only roots, so a layer that no image has is removed; bytes of a registry are used only
+//! after their digest was checked.
+//!
+//! Not here: pushing, building, signatures, other platforms than linux/amd64.
+
+#![forbid(unsafe_code)]
+
+mod auth;
+mod config;
+mod digest;
+mod image;
+mod pull;
+mod reference;
+mod store;
+
+pub use auth::{Auth, AuthError, AuthFields};
+pub use config::{Endpoint, Limits, RegistryConfig, StoreConfig};
+pub use digest::{Digest, ImageId, InvalidDigest};
+pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage};
+pub use pull::PullError;
+pub use reference::{ImageName, ReferenceError};
+pub use store::{ImageStore, OpenError, StoreError};
