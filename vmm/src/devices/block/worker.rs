@@ -1,0 +1,41 @@
+//! The worker of a block device.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll::EventFlags;
+
+use super::request::Target;
+use crate::devices::chain::Chain;
+use crate::devices::queue::{DeviceQueue, Fault};
+use crate::devices::worker::{Handler, Poll};
+
+pub(super) struct BlockWorker {
+    /// One, or none if the driver enabled none.
+    pub queues: Vec<DeviceQueue>,
+    pub target: Arc<Target>,
+    pub chain: Chain,
+}
+
+impl Handler for BlockWorker {
+    fn register(&mut self, poll: &Poll) -> io::Result<()> {
+        for queue in &self.queues {
+            poll.add(queue.notify_fd(), 0, EventFlags::IN)?;
+            queue.notify_self().map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn ready(&mut self, _poll: &Poll, _token: u64, _events: EventFlags) -> Result<(), Fault> {
+        for queue in &mut self.queues {
+            queue.clear_notification();
+            queue.serve(&mut self.chain, |chain, memory| Some(self.target.serve(chain, memory)))?;
+        }
+        Ok(())
+    }
+
+    fn idle(&mut self, _poll: &Poll) -> Result<Option<Duration>, Fault> {
+        Ok(None)
+    }
+}

@@ -1,0 +1,126 @@
+//! The thread a device runs in: an epoll loop that ends when it is told to, or when the device cannot go on.
+
+use std::error::Error as _;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+
+use super::queue::Fault;
+use crate::virtio::Interrupt;
+
+/// The token of the descriptor that ends the loop.
+const STOP: u64 = u64::MAX;
+/// Events taken at once.
+const BATCH: usize = 64;
+
+/// What a worker waits for.
+pub(super) struct Poll {
+    epoll: OwnedFd,
+}
+
+impl Poll {
+    /// Waits for `events` on `fd` too, which are then told with `token`.
+    pub fn add(&self, fd: BorrowedFd<'_>, token: u64, events: EventFlags) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token), events)?)
+    }
+
+    /// Waits no longer for `fd`.
+    pub fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(epoll::delete(&self.epoll, fd)?)
+    }
+}
+
+/// What a device does in its worker.
+pub(super) trait Handler: Send + 'static {
+    /// Registers its descriptors. Chains that are in its queues already must be found as well.
+    fn register(&mut self, poll: &Poll) -> io::Result<()>;
+    /// `events` have come on the descriptor of `token`.
+    fn ready(&mut self, poll: &Poll, token: u64, events: EventFlags) -> Result<(), Fault>;
+    /// All events at hand have been told. Returns how long to wait for more at most.
+    fn idle(&mut self, poll: &Poll) -> Result<Option<Duration>, Fault>;
+}
+
+/// How many more faults of one device are logged: a guest can cause as many as it likes.
+#[derive(Debug, Clone)]
+pub(super) struct FaultLog(Arc<AtomicU32>);
+
+impl FaultLog {
+    pub fn new() -> Self {
+        Self(Arc::new(AtomicU32::new(8)))
+    }
+
+    fn log(&self, name: &str, fault: &Fault) {
+        if self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            let cause = fault.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            eprintln!("isopod-vmm: the {name} device stops: {fault}{cause}");
+        }
+    }
+}
+
+/// A running worker. Dropping it stops and joins it.
+pub(super) struct Worker {
+    stop: OwnedFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts `handler` in a thread called `name`.
+    pub fn spawn(
+        name: &str,
+        interrupt: Arc<dyn Interrupt>,
+        log: FaultLog,
+        mut handler: impl Handler,
+    ) -> io::Result<Self> {
+        let poll = Poll { epoll: epoll::create(CreateFlags::CLOEXEC)? };
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        poll.add(stop.as_fd(), STOP, EventFlags::IN)?;
+        handler.register(&poll)?;
+        let device = name.to_owned();
+        let thread = Builder::new().name(name.to_owned()).spawn(move || {
+            if let Err(fault) = run(&poll, &mut handler) {
+                log.log(&device, &fault);
+                // Should it fail, the driver sees only that nothing is answered any more.
+                let _ = interrupt.device_needs_reset();
+            }
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("an eventfd that is written once takes a write");
+        // A worker that panicked has ended, which is all that is wanted here; the panic hook has told of it.
+        let _ = thread.join();
+    }
+}
+
+fn run(poll: &Poll, handler: &mut impl Handler) -> Result<(), Fault> {
+    let mut events = Vec::with_capacity(BATCH);
+    loop {
+        let timeout = handler
+            .idle(poll)?
+            .map(|wait| Timespec { tv_sec: wait.as_secs().min(3600) as i64, tv_nsec: wait.subsec_nanos().into() });
+        events.clear();
+        match epoll::wait(&poll.epoll, spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(Fault::System { what: "cannot wait for events", source: errno.into() }),
+        }
+        for event in &events {
+            let (token, flags) = (event.data.u64(), event.flags);
+            if token == STOP {
+                return Ok(());
+            }
+            handler.ready(poll, token, flags)?;
+        }
+    }
+}
