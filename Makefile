@@ -1,0 +1,67 @@
+# Everything is made in out/. What takes long and does not depend on the sources (guest kernel, test node, crictl, images) is
+# kept in $ISOPOD_CACHE (default ~/.cache/isopod) and made once.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e bench node lint clean help
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make all         the programs, the guest kernel and the initramfs, in out/
+all: programs kernel initramfs
+
+## make programs    out/isopod and out/isopod-vmm, optimized
+programs:
+	@tests/setup/packages gcc libc6-dev
+	@tests/setup/rust
+	@echo "programs: building isopod and isopod-vmm; some minutes the first time"
+	@$(CARGO) build --release --locked -p isopod-cri-server -p isopod-vmm --bins
+	@mkdir -p out
+	@for name in isopod isopod-vmm; do ln -sfn "$$(realpath "$(TARGET)/release/$$name")" "out/$$name"; done
+
+kernel:
+	@guest/kernel/build
+
+initramfs:
+	@guest/initramfs/build
+
+fixtures:
+	@tests/setup/fixtures
+
+## make demo        a pod with nginx from a registry to its removal, each step shown and checked
+demo: all fixtures
+	@tests/node/run --timeout 900 -- tests/demo
+
+## make test        all tests; the last line is "N passed, N failed, N skipped"
+test: all fixtures
+	@tests/test
+
+## make unit        the tests that need no node: cargo test
+unit:
+	@tests/setup/rust
+	@$(CARGO) test --locked --workspace
+
+## make e2e TEST=x  the end-to-end tests whose name has x in it, in the node (all of them without TEST)
+e2e: all fixtures
+	@tests/e2e $(TEST)
+
+## make node        a shell in the test node with the daemon running
+node: all fixtures
+	@tests/node/run --interactive --timeout 86400 -- tests/session
+
+## make bench       the figures of SPECIFICATION.md
+bench: all fixtures
+	@tests/bench/run
+
+## make lint        formatting and clippy
+lint:
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+
+## make clean       removes out/ and cargo's target; the cache stays
+clean:
+	rm -rf out
+	$(CARGO) clean

@@ -1,0 +1,67 @@
+# What the scripts that run in the node share; sourced by them. Needs: everything in out/ (make all, tests/setup/fixtures).
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+registry_port=5000
+socket=/run/isopod/isopod.sock
+# Where the daemon's log goes: out/node/isopod.log on the build machine.
+node_out=/node-out
+[[ -d $node_out ]] || node_out=$(mktemp -d)
+
+# wait_until SECONDS WHAT COMMAND...: tries the command until it succeeds.
+wait_until() {
+  local deadline=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@" >/dev/null 2>&1; do
+    ((SECONDS < deadline)) || { printf 'no %s in time\n' "$what" >&2; return 1; }
+    sleep 0.2
+  done
+}
+
+port_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1"); }
+
+# start_registry STORAGE
+start_registry() {
+  "$repo/tests/registry/serve" "$1" "$registry_port" >"$node_out/registry.log" 2>&1 &
+  wait_until 60 registry port_open "$registry_port"
+}
+
+# write_config FILE: the daemon's configuration, with every registry the tests name sent to the one on loopback.
+write_config() {
+  cat >"$1" <<CONFIG
+socket = "unix://$socket"
+root = "/var/lib/isopod"
+state = "/run/isopod"
+log_level = "${ISOPOD_LOG:-info}"
+
+[vmm]
+binary = "$(realpath "$repo/out/isopod-vmm")"
+kernel = "$(realpath "$repo/out/vmlinux")"
+initramfs = "$(realpath "$repo/out/initramfs.cpio")"
+boot_deadline_seconds = 120
+scratch_mib = 1024
+verbose_console = ${ISOPOD_VERBOSE_CONSOLE:-false}
+
+[images]
+max_layer_mib = 256
+progress_timeout_seconds = 10
+
+[images.mirrors]
+$(printf '"%s" = "http://127.0.0.1:'"$registry_port"'"\n' docker.io registry.k8s.io k8s.gcr.io gcr.io public.ecr.aws)
+# Nothing listens there.
+"down.example" = "http://127.0.0.1:1"
+CONFIG
+}
+
+# start_daemon CONFIG: sets daemon_pid.
+start_daemon() {
+  "$repo/out/isopod" daemon --config "$1" >>"$node_out/isopod.log" 2>&1 &
+  daemon_pid=$!
+  if ! wait_until 60 "daemon" crictl version; then
+    tail -n 20 "$node_out/isopod.log" >&2
+    return 1
+  fi
+}
+
+# crictl with the test's endpoint and patience; a config file, since the default one may belong to somebody else.
+printf 'runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: 120\n' "$socket" "$socket" >/tmp/crictl.yaml
+crictl() { "$repo/out/bin/crictl" --config /tmp/crictl.yaml "$@"; }
