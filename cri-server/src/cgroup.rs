@@ -1,0 +1,129 @@
+//! The host cgroup of a sandbox's VMM: `<cgroup_parent or /isopod>/isopod-<id>` in the v2 hierarchy.
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use isopod_proto::{ErrorKind, ObjectId};
+
+/// Where sandboxes go whose config names no parent.
+const DEFAULT_PARENT: &str = "/isopod";
+
+/// A cgroup that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// No cgroup v2.
+    #[error("no cgroup v2 hierarchy is mounted")]
+    NoHierarchy,
+    /// The sandbox config's parent is no path in the hierarchy.
+    #[error("cgroup_parent {parent:?} is not an absolute path without \"..\"")]
+    BadParent {
+        /// What was given.
+        parent: String,
+    },
+    /// A file system call failed.
+    #[error("cannot {doing} cgroup {path}")]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// On which cgroup.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CgroupError {
+    /// What sort of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoHierarchy => ErrorKind::FailedPrecondition,
+            Self::BadParent { .. } => ErrorKind::InvalidArgument,
+            Self::Io { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Where the cgroup v2 hierarchy is mounted.
+pub fn root() -> Option<PathBuf> {
+    mounted(&std::fs::read_to_string("/proc/self/mounts").ok()?)
+}
+
+fn mounted(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (_, target, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| target.into())
+    })
+}
+
+/// The cgroup's path below the hierarchy's root.
+pub fn path_of(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+    let parent = if parent.is_empty() { DEFAULT_PARENT } else { parent };
+    let mut components = Path::new(parent).components();
+    let absolute = components.next() == Some(Component::RootDir);
+    if !absolute || !components.clone().all(|component| matches!(component, Component::Normal(_))) {
+        return Err(CgroupError::BadParent { parent: parent.chars().take(200).collect() });
+    }
+    Ok(components.as_path().join(format!("isopod-{id}")))
+}
+
+/// Makes the cgroup, and its parent where there is none. Gives its directory.
+pub fn make(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+    let relative = path_of(parent, id)?;
+    let path = root().ok_or(CgroupError::NoHierarchy)?.join(relative);
+    std::fs::create_dir_all(&path)
+        .map_err(|source| CgroupError::Io { doing: "make", path: path.clone(), source })?;
+    Ok(path)
+}
+
+/// Moves the process `pid` into the cgroup at `path`.
+pub fn enter(path: &Path, pid: i32) -> Result<(), CgroupError> {
+    std::fs::write(path.join("cgroup.procs"), pid.to_string())
+        .map_err(|source| CgroupError::Io { doing: "move the VMM into", path: path.into(), source })
+}
+
+/// Removes the cgroup. Its last process may just have ended, which takes the kernel a moment to notice.
+pub async fn remove(path: &Path) -> Result<(), CgroupError> {
+    let mut attempts = 0;
+    loop {
+        match std::fs::remove_dir(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && attempts < 50 => attempts += 1,
+            Err(source) => return Err(CgroupError::Io { doing: "remove", path: path.into(), source }),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> ObjectId {
+        ObjectId::from_random([0xab; 32])
+    }
+
+    #[test]
+    fn the_hierarchy_is_found_among_the_mounts() {
+        let mounts = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+        assert_eq!(mounted(mounts), Some("/sys/fs/cgroup".into()));
+        assert_eq!(mounted("proc /proc proc rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn a_sandbox_is_below_its_parent() {
+        let path = path_of("/kubepods/burstable/pod1", &id()).expect("a good parent");
+        assert_eq!(path, PathBuf::from(format!("kubepods/burstable/pod1/isopod-{}", id())));
+        assert!(path_of("", &id()).expect("the default").starts_with("isopod"));
+    }
+
+    #[test]
+    fn a_parent_outside_the_hierarchy_is_refused() {
+        for bad in ["relative", "/a/../../etc", ".."] {
+            assert!(matches!(path_of(bad, &id()), Err(CgroupError::BadParent { .. })), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The CRI services: thin handlers between the wire and the rest of the daemon.
+
+mod image;
+pub mod status;
+
+use std::pin::Pin;
+use std::time::Instant;
+
+use futures_util::Stream;
+use tonic::Status;
+use tracing::Instrument;
+
+pub use image::Images;
+
+/// The answer of a streaming list.
+pub type Batches<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Items in a message of a streaming list.
+const BATCH: usize = 256;
+
+/// `items` as a stream of messages, none of them empty.
+fn batches<I: Send + 'static, T: Send + 'static>(items: Vec<I>, message: fn(Vec<I>) -> T) -> Batches<T> {
+    let mut messages = Vec::new();
+    let mut items = items.into_iter().peekable();
+    while items.peek().is_some() {
+        messages.push(Ok(message(items.by_ref().take(BATCH).collect())));
+    }
+    Box::pin(futures_util::stream::iter(messages))
+}
+
+/// Runs the work of a call that changes something, in a span of its own, and writes one line about its outcome.
+async fn observe<T>(
+    rpc: &'static str,
+    subject: &str,
+    work: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let span = tracing::info_span!("rpc", rpc, subject);
+    let started = Instant::now();
+    let result = work.instrument(span.clone()).await;
+    let millis = started.elapsed().as_millis() as u64;
+    span.in_scope(|| match &result {
+        Ok(_) => tracing::info!(millis, "done"),
+        Err(status) => tracing::info!(millis, code = ?status.code(), error = status.message(), "failed"),
+    });
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_long_list_is_streamed_in_batches_and_an_empty_one_not_at_all() {
+        let lengths: Vec<usize> =
+            batches((0..600).collect(), |items: Vec<u32>| items.len()).map(|item| item.expect("made")).collect().await;
+        assert_eq!(lengths, [256, 256, 88]);
+        assert_eq!(batches(Vec::<u32>::new(), |items| items.len()).count().await, 0);
+    }
+}

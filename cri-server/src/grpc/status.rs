@@ -1,0 +1,99 @@
+//! Errors as gRPC statuses: the only place that makes a [`tonic::Status`].
+
+use std::error::Error;
+use std::fmt::Write;
+
+use isopod_proto::ErrorKind;
+use tonic::{Code, Status};
+
+/// An error that knows what sort it is.
+pub trait Failure: Error {
+    /// What sort.
+    fn kind(&self) -> ErrorKind;
+}
+
+macro_rules! failures {
+    ($($error:ty),* $(,)?) => {
+        $(impl Failure for $error {
+            fn kind(&self) -> ErrorKind {
+                <$error>::kind(self)
+            }
+        })*
+    };
+}
+
+failures!(
+    isopod_image_store::PullError,
+    isopod_image_store::StoreError,
+    isopod_image_store::AuthError,
+    isopod_image_store::ReferenceError,
+);
+
+/// The code for `kind`.
+pub fn code(kind: ErrorKind) -> Code {
+    match kind {
+        ErrorKind::InvalidArgument => Code::InvalidArgument,
+        ErrorKind::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::AlreadyExists => Code::AlreadyExists,
+        ErrorKind::ResourceExhausted => Code::ResourceExhausted,
+        ErrorKind::FailedPrecondition => Code::FailedPrecondition,
+        ErrorKind::Unimplemented => Code::Unimplemented,
+        ErrorKind::Internal => Code::Internal,
+        ErrorKind::Unavailable => Code::Unavailable,
+        ErrorKind::Corrupt => Code::DataLoss,
+    }
+}
+
+/// `error` and what it came of, in one line: what the kubelet shows to the pod's owner.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let _ = write!(text, ": {error}"); // A String takes everything.
+        source = error.source();
+    }
+    text
+}
+
+/// The status for `error`.
+pub fn of(error: &impl Failure) -> Status {
+    Status::new(code(error.kind()), chain(error))
+}
+
+/// The status of a call that this runtime does not have.
+pub fn unimplemented(call: &str) -> Status {
+    Status::new(Code::Unimplemented, format!("isopod does not implement {call}"))
+}
+
+/// The status of a request that can never succeed.
+pub fn invalid(message: impl Into<String>) -> Status {
+    Status::new(Code::InvalidArgument, message)
+}
+
+/// The status of a defect of ours.
+pub fn internal(message: impl Into<String>) -> Status {
+    Status::new(Code::Internal, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_codes_are_those_of_the_kinds_on_the_wire() {
+        for number in 0..17 {
+            let kind = ErrorKind::from_code(number);
+            assert_eq!(code(kind) as u32, kind.code());
+        }
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn a_chain_is_told_once_from_the_outside_in() {
+        assert_eq!(chain(&Outer(std::io::Error::other("inner"))), "outer: inner");
+    }
+}
