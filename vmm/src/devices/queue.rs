@@ -73,9 +73,14 @@ impl DeviceQueue {
         let _ = self.notify.read();
     }
 
-    /// Most chains that can be in the queue.
-    pub fn size(&self) -> u16 {
-        self.queue.size()
+    /// Position among the device's queues.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The memory the queue is in.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     fn ring(&self, what: &'static str) -> impl FnOnce(virtio_queue::Error) -> Fault + use<> {
