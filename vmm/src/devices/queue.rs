@@ -78,6 +78,11 @@ impl DeviceQueue {
         self.index
     }
 
+    /// Most chains a driver has in the queue at a time.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// The memory the queue is in.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

@@ -83,13 +83,6 @@ pub(super) fn write_at(file: BorrowedFd<'_>, pieces: &Pieces<'_>, offset: u64) -
     checked(unsafe { libc::pwritev(file.as_raw_fd(), entries, count, offset) })
 }
 
-/// Reads from `fd` into `pieces`.
-pub(super) fn read(fd: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<usize> {
-    let (entries, count) = pieces.raw();
-    // SAFETY: as for `read_at`.
-    checked(unsafe { libc::readv(fd.as_raw_fd(), entries, count) })
-}
-
 /// Writes `pieces` to `fd`.
 pub(super) fn write(fd: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<usize> {
     let (entries, count) = pieces.raw();

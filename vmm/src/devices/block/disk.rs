@@ -52,7 +52,7 @@ impl Disk {
         let mut end = 0u64;
         for (index, Segment { file, offset, length }) in segments.iter_mut().enumerate() {
             let (offset, length) = (*offset, *length);
-            if offset % SECTOR != 0 || length % SECTOR != 0 || length == 0 {
+            if !offset.is_multiple_of(SECTOR) || !length.is_multiple_of(SECTOR) || length == 0 {
                 return Err(BlockError::Unaligned { index, offset, length });
             }
             // Seeking finds the size of block devices too. Nothing uses the file position.

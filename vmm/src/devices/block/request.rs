@@ -143,7 +143,7 @@ impl Target {
     ) -> Result<(), Failure> {
         const BYTES: usize = 16;
         let count = data.len() / BYTES;
-        if count == 0 || data.len() % BYTES != 0 || count > MAX_RANGES as usize {
+        if count == 0 || !data.len().is_multiple_of(BYTES) || count > MAX_RANGES as usize {
             return Err(Failure::Io);
         }
         let mut ranges = [SectorRange { position: 0, length: 0, unmap: false }; MAX_RANGES as usize];
