@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fixture;
 pub mod kvm_trace;
 pub mod microvm;
 pub mod process_memory;

@@ -1,0 +1,83 @@
+//! The machine a pod is: its kernel, processors, memory and disks.
+
+use isopod_cri_server::cri;
+use isopod_tests::fixture::{BUSYBOX, Cri, TestPod, shell};
+
+#[tokio::test]
+async fn a_pod_has_a_kernel_and_memory_of_its_own() -> anyhow::Result<()> {
+    let pod = TestPod::run("kernel").await?;
+    let seen = pod
+        .script("uname -r; awk '/^MemTotal/ {print $2}' /proc/meminfo; awk '/^MemAvailable/ {print $2}' /proc/meminfo")
+        .await?;
+    let lines: Vec<&str> = seen.lines().collect();
+    let node = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    assert_ne!(lines[0], node.trim());
+    let (total, available): (u64, u64) = (lines[1].parse()?, lines[2].parse()?);
+    assert!((200 << 10..=256 << 10).contains(&total), "{total} KiB of the VM's 256 MiB");
+    assert!(available > total / 2, "{available} of {total} KiB are free");
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_with_limits_gets_their_processors_and_memory() -> anyhow::Result<()> {
+    let cri = Cri::shared().await?;
+    cri.pull(BUSYBOX).await?;
+    let mut config = TestPod::config("smp");
+    config.linux.get_or_insert_default().resources = Some(cri::LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 200_000,
+        memory_limit_in_bytes: 512 << 20,
+        ..Default::default()
+    });
+    let pod = TestPod::run_with(&cri, config).await?;
+    let seen = pod.script("nproc; awk '/^MemTotal/ {print $2}' /proc/meminfo").await?;
+    let lines: Vec<&str> = seen.lines().collect();
+    assert_eq!(lines[0], "2");
+    assert!(lines[1].parse::<u64>()? >= 512 << 10, "{} KiB", lines[1]);
+    // Both do work at once.
+    let busy = pod
+        .script(
+            "for i in 1 2; do taskset -c $((i-1)) sh -c 'n=0; while [ $n -lt 3000 ]; do n=$((n+1)); done; \
+             grep Cpus_allowed_list /proc/self/status' & done; wait",
+        )
+        .await?;
+    assert_eq!(busy.lines().count(), 2, "{busy}");
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_disk_comes_with_an_image_and_goes_with_its_last_container() -> anyhow::Result<()> {
+    let pod = TestPod::run("disks").await?;
+    let watcher = pod.start(shell("watcher", "sleep 1000")).await?;
+    let disks = "ls /sys/block | grep -c '^vd'";
+    let before = watcher.sh(disks).await?;
+    let image = "gcr.io/k8s-staging-cri-tools/test-image-1:latest";
+    pod.cri.pull(image).await?;
+    for _ in 0..3 {
+        let mut config = shell("guest", "cat /number; sleep 1000");
+        config.image.get_or_insert_default().image = image.to_owned();
+        let container = pod.start(config).await?;
+        assert_ne!(watcher.sh(disks).await?, before, "the image's disk was plugged in");
+        assert_eq!(container.sh("cat /number").await?, "1\n");
+        container.stop(0).await?;
+        container.remove().await?;
+    }
+    assert_eq!(watcher.sh(disks).await?, before, "the image's disk is gone");
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_container_writes_and_reads_back_a_big_file() -> anyhow::Result<()> {
+    let pod = TestPod::run("scratch").await?;
+    let container = pod.start(shell("scratch", "sleep 1000")).await?;
+    let seen = container
+        .sh("head -c 33554432 /dev/urandom > /big && sync && sha256sum < /big && echo 3 2>/dev/null > /proc/sys/vm/drop_caches; sha256sum < /big; rm /big")
+        .await?;
+    let sums: Vec<&str> = seen.lines().collect();
+    assert!(sums.len() == 2 && sums[0] == sums[1], "{seen}");
+    pod.remove().await?;
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! End-to-end tests: the daemon, its VMMs and guests, a registry. Run them with `make e2e [TEST=name]`.
+//!
+//! One daemon and one registry serve them all; a test that needs a daemon in a special state starts its own.
+
+#![forbid(unsafe_code)]
+
+mod bad_input;
+mod containers;
+mod exec;
+mod guest;
+mod images;
+mod logs;
+mod network;
+mod pods;
+mod processes;
+mod restart;
