@@ -349,12 +349,17 @@ impl<S: HostStream> Muxer<S> {
         if let Some(header) = self.refusals.pop_front() {
             return Some(header);
         }
-        while let Some(token) = self.ready.pop_front() {
+        for _ in 0..self.ready.len() {
+            let token = self.ready.pop_front()?;
             let Some(Socket { host, role: Role::Connected(connection) }) = self.sockets.get_mut(&token) else {
                 continue;
             };
             connection.queued = false;
-            let Some(Outgoing { op, flags, len }) = connection.next_packet(host, payload, now) else { continue };
+            let Some(Outgoing { op, flags, len }) = connection.next_packet(host, payload, now) else {
+                // It waits on if only the room was missing.
+                self.queue(token);
+                continue;
+            };
             let Key { host_port, guest_port } = connection.key;
             let (buf_alloc, fwd_cnt) = connection.tell_credit();
             if matches!(connection.phase, Phase::Closing { .. }) {

@@ -227,3 +227,100 @@ fn a_reset_closes_all_connections_and_new_ones_work_after_it() {
     let _host = Guest::connect(&guest.directory, "CONNECT 1\n");
     assert_eq!(guest.receive().0.op, Op::Request);
 }
+
+/// What a guest that sends everything back has on its way for one connection.
+#[derive(Default)]
+struct Echo {
+    host_port: u32,
+    waiting: std::collections::VecDeque<u8>,
+    sent: u32,
+    read: u32,
+    alloc: u32,
+    forwarded: u32,
+}
+
+impl Guest {
+    /// Serves connections to any port until `count` of them were closed: all that comes goes back. At most 64 KiB wait for
+    /// the host to take them.
+    fn echo(&mut self, count: usize) {
+        const ROOM: u32 = 64 * 1024;
+        let (mut echoes, mut closed) = (std::collections::HashMap::<u32, Echo>::new(), 0);
+        while closed < count {
+            let (header, data) = self.receive();
+            let port = header.src_port;
+            let mut answers = Vec::new();
+            let echo = echoes.entry(port).or_default();
+            (echo.alloc, echo.forwarded, echo.host_port) = (header.buf_alloc, header.fwd_cnt, port);
+            echo.waiting.extend(data);
+            assert!(echo.waiting.len() <= ROOM as usize, "more than there is room for");
+            match header.op {
+                Op::Request => answers.push((Op::Response, 0, Vec::new())),
+                Op::Shutdown => answers.push((Op::Shutdown, SHUTDOWN_BOTH, Vec::new())),
+                Op::Rst => closed += 1,
+                _ => {}
+            }
+            while !echo.waiting.is_empty() && header.op != Op::Rst {
+                let credit = echo.alloc - echo.sent.wrapping_sub(echo.forwarded);
+                let length = echo.waiting.len().min(credit as usize).min(8192);
+                if length == 0 {
+                    break;
+                }
+                echo.sent += length as u32;
+                echo.read += length as u32;
+                answers.push((Op::Rw, 0, echo.waiting.drain(..length).collect()));
+            }
+            let fwd_cnt = echo.read;
+            for (op, flags, data) in answers {
+                let header = Header {
+                    src_cid: CID,
+                    dst_cid: HOST_CID,
+                    src_port: header.dst_port,
+                    dst_port: port,
+                    len: data.len() as u32,
+                    kind: TYPE_STREAM,
+                    op,
+                    flags,
+                    buf_alloc: ROOM,
+                    fwd_cnt,
+                };
+                self.send_raw(&header, &data);
+            }
+        }
+    }
+}
+
+#[test]
+fn many_connections_carry_much_both_ways_at_once() {
+    const CONNECTIONS: usize = 8;
+    const BYTES: usize = 2 << 20;
+    let (listener, directory) = Guest::listening();
+    let mut guest = Guest::start(listener, directory);
+    let path = guest.directory.path().join("vsock");
+    let programs: Vec<_> = (0..CONNECTIONS)
+        .map(|index| {
+            let path = path.clone();
+            std::thread::spawn(move || {
+                let mut stream = UnixStream::connect(path).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+                writeln!(stream, "CONNECT {}", 100 + index).unwrap();
+                assert!(read_line(&mut stream).starts_with("OK "));
+                let sent: Vec<u8> = (0..BYTES).map(|place| (place / 3 + place / 1000 + index) as u8).collect();
+                let mut writer = stream.try_clone().unwrap();
+                let (expected, slow) = (sent.clone(), index == 0);
+                let writing = std::thread::spawn(move || writer.write_all(&sent).unwrap());
+                if slow {
+                    // A program that does not read holds up only itself.
+                    std::thread::sleep(Duration::from_millis(300));
+                }
+                let mut received = vec![0; BYTES];
+                stream.read_exact(&mut received).unwrap();
+                writing.join().unwrap();
+                assert!(received == expected);
+            })
+        })
+        .collect();
+    guest.echo(CONNECTIONS);
+    for program in programs {
+        program.join().unwrap();
+    }
+}
