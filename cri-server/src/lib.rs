@@ -9,4 +9,5 @@ pub mod check;
 pub mod config;
 pub mod cri;
 pub mod grpc;
+pub mod log;
 mod tools;
