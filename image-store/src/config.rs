@@ -42,7 +42,7 @@ pub struct RegistryConfig {
     /// How long a connection may take to come about.
     pub connect_timeout: Duration,
     /// How often a request is tried again after a lost connection, a 429 or a 5xx. For a layer the count starts anew
-    /// whenever bytes have arrived.
+    /// whenever 64 KiB have arrived.
     pub retries: u32,
     /// The first pause before trying again; it doubles each time.
     pub backoff: Duration,

@@ -14,15 +14,19 @@
 mod auth;
 mod config;
 mod digest;
+mod erofs;
 mod image;
+mod layer;
 mod pull;
 mod reference;
+mod registry;
 mod store;
 
 pub use auth::{Auth, AuthError, AuthFields};
 pub use config::{Endpoint, Limits, RegistryConfig, StoreConfig};
 pub use digest::{Digest, ImageId, InvalidDigest};
 pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage};
+pub use layer::{ConvertReport, LayerError, convert_blob};
 pub use pull::PullError;
 pub use reference::{ImageName, ReferenceError};
 pub use store::{ImageStore, OpenError, StoreError};

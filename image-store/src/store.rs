@@ -1,17 +1,57 @@
 //! The content store.
+//!
+//! ```text
+//! ROOT/version          what this layout is
+//!      metadata.redb    names and images
+//!      layers/HEX.erofs a layer, by its diff id
+//!      images/HEX.gpt   what stands before and behind an image's layers on its disk, by image id
+//!      tmp/             what is being made; emptied at each start
+//! ```
+//! Names and images in the database, and the pins of running pulls, are the only roots. Whatever is not reached from them is
+//! removed when the last pin or image that reached it goes, and at the start.
+
+mod database;
+mod gpt;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use isopod_proto::ErrorKind;
+use parking_lot::Mutex;
 
+pub(crate) use self::database::StoredConfig;
+use self::database::{Contents, ImageDatabase, Record};
+use self::gpt::{EDGE, Partition};
 use crate::auth::Auth;
 use crate::config::StoreConfig;
-use crate::digest::ImageId;
-use crate::image::{Image, ImageDisk, Usage};
-use crate::pull::PullError;
+use crate::digest::{Digest, ImageId, is_hex};
+use crate::image::{DiskSegment, Image, ImageDisk, Usage};
+use crate::layer::sync_parent;
+use crate::pull::{self, PullError};
+use crate::reference::ImageName;
+use crate::registry::HttpClients;
+
+const VERSION: &str = "isopod image store, version 1\n";
 
 /// A store of images in a directory. Clones are the same store.
 #[derive(Clone)]
 pub struct ImageStore {
-    config: std::sync::Arc<StoreConfig>,
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) config: StoreConfig,
+    pub(crate) http: HttpClients,
+    database: ImageDatabase,
+    /// Layers that running pulls want, with how many want each. Held while anything is removed or made known.
+    pins: Mutex<HashMap<Digest, usize>>,
+    /// One for each layer that is being made, so that it is made once.
+    making: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
 }
 
 /// Why a store cannot be opened.
@@ -22,6 +62,45 @@ pub enum OpenError {
     Config {
         /// What is wrong.
         problem: String,
+    },
+    /// The directory holds something else, or what another version made.
+    #[error("{path} does not say {VERSION:?}: this is no image store, or one of another version")]
+    Version {
+        /// The version file.
+        path: PathBuf,
+    },
+    /// Another process has it open.
+    #[error("image store {root} is in use by another process")]
+    InUse {
+        /// The store.
+        root: PathBuf,
+    },
+    /// The database cannot be opened.
+    #[error("image database {path} cannot be opened")]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: redb::Error,
+    },
+    /// A file or directory cannot be made or read.
+    #[error("image store: {path} cannot be made or read")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is stored cannot be read.
+    #[error("image store {root} cannot be put in order")]
+    Store {
+        /// The store.
+        root: PathBuf,
+        /// Why.
+        #[source]
+        source: StoreError,
     },
 }
 
@@ -34,6 +113,32 @@ pub enum StoreError {
         /// What was asked for.
         reference: String,
     },
+    /// More than one image has an id with this prefix.
+    #[error("{reference:?} is the start of the ids of more than one image")]
+    Ambiguous {
+        /// What was asked for.
+        reference: String,
+    },
+    /// The database failed.
+    #[error("the image database cannot be {verb}")]
+    Database {
+        /// What was tried: "read" or "written".
+        verb: &'static str,
+        /// Why.
+        #[source]
+        source: Box<redb::Error>,
+    },
+    /// A file failed.
+    #[error("image store: {path} cannot be {verb}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What was tried.
+        verb: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl OpenError {
@@ -41,6 +146,9 @@ impl OpenError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Config { .. } => ErrorKind::InvalidArgument,
+            Self::Version { .. } | Self::InUse { .. } => ErrorKind::FailedPrecondition,
+            Self::Database { .. } | Self::Io { .. } => ErrorKind::Internal,
+            Self::Store { source, .. } => source.kind(),
         }
     }
 }
@@ -50,46 +158,362 @@ impl StoreError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NotFound { .. } => ErrorKind::NotFound,
+            Self::Ambiguous { .. } => ErrorKind::InvalidArgument,
+            Self::Database { source, .. } => match &**source {
+                redb::Error::Io(error) if crate::layer::is_disk_full(error) => ErrorKind::ResourceExhausted,
+                redb::Error::Corrupted(_) => ErrorKind::Corrupt,
+                _ => ErrorKind::Internal,
+            },
+            Self::Io { source, .. } if crate::layer::is_disk_full(source) => ErrorKind::ResourceExhausted,
+            Self::Io { .. } => ErrorKind::Internal,
         }
     }
+}
+
+fn database_error(verb: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
+    move |source| StoreError::Database { verb, source: Box::new(source) }
+}
+
+fn io_error(path: &Path, verb: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io { path, verb, source }
 }
 
 impl ImageStore {
     /// Opens the store, making it if it is not there, and removes what an earlier run left half made.
     pub fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        Ok(Self { config: std::sync::Arc::new(config) })
+        let root = config.root.clone();
+        let http = HttpClients::new(&config.registries).map_err(|problem| OpenError::Config { problem })?;
+        check(&config).map_err(|problem| OpenError::Config { problem })?;
+        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("tmp")] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&directory)
+                .map_err(|source| OpenError::Io { path: directory, source })?;
+        }
+        check_version(&root)?;
+        let path = root.join("metadata.redb");
+        let database = ImageDatabase::open(&path).map_err(|source| match source {
+            redb::Error::DatabaseAlreadyOpen => OpenError::InUse { root: root.clone() },
+            source => OpenError::Database { path, source },
+        })?;
+        let inner = Inner { config, http, database, pins: Mutex::default(), making: Mutex::default() };
+        inner.clean().map_err(|source| OpenError::Store { root, source })?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Fetches an image, unless what its name stands for is here already, and gives its id. Dropping the future cancels
-    /// the pull: its threads stop and what was half made is removed.
+    /// Fetches an image and gives its id. The registry is asked what the name stands for; layers that are here already are
+    /// not fetched again. Dropping the future cancels the pull: its threads stop and what was half made is removed.
     pub async fn pull(&self, reference: &str, auth: &Auth) -> Result<ImageId, PullError> {
-        let _ = (&self.config, auth);
-        Err(PullError::NotFound { reference: reference.to_owned() })
+        pull::pull(self, reference, auth).await
     }
 
     /// All images, sorted by id.
     pub fn images(&self) -> Result<Vec<Image>, StoreError> {
-        Ok(Vec::new())
+        let contents = self.inner.read()?;
+        Ok(contents.images.keys().map(|id| contents.image(id)).collect())
     }
 
     /// The image that `reference` stands for: an id with or without `sha256:`, a prefix of one that is unique, or a name
-    /// with or without tag or digest.
-    pub fn find(&self, _reference: &str) -> Result<Option<Image>, StoreError> {
-        Ok(None)
+    /// with or without tag or digest. What cannot be any of these is not found either.
+    pub fn find(&self, reference: &str) -> Result<Option<Image>, StoreError> {
+        let contents = self.inner.read()?;
+        Ok(contents.find(reference)?.map(|id| contents.image(&id)))
     }
 
-    /// Removes the image that `reference` stands for, with all its names. One that is not there is a success.
-    pub fn remove(&self, _reference: &str) -> Result<(), StoreError> {
-        Ok(())
+    /// Removes the image that `reference` stands for (see [`Self::find`]), with all its names, and the layers no other image
+    /// has. One that is not there is a success. Disks that are open stay usable.
+    pub fn remove(&self, reference: &str) -> Result<(), StoreError> {
+        let pins = self.inner.pins.lock();
+        let contents = self.inner.read()?;
+        let Some(id) = contents.find(reference)? else { return Ok(()) };
+        self.inner.database.remove(std::slice::from_ref(&id)).map_err(database_error("written"))?;
+        let path = self.inner.edges_path(&id);
+        remove_file(&path).map_err(io_error(&path, "removed"))?;
+        let layers = contents.images.get(&id).map(|record| record.layers.clone()).unwrap_or_default();
+        self.inner.collect(&layers.iter().filter_map(|layer| Digest::parse(layer).ok()).collect::<Vec<_>>(), &pins)
     }
 
     /// What the store takes on its file system.
     pub fn usage(&self) -> Result<Usage, StoreError> {
-        Err(StoreError::NotFound { reference: String::new() })
+        let root = &self.inner.config.root;
+        let mut usage = Usage { mountpoint: root.clone(), used_bytes: 0, inodes_used: 0, timestamp_nanos: 0 };
+        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("tmp")] {
+            for entry in fs::read_dir(&directory).map_err(io_error(&directory, "read"))? {
+                let entry = entry.map_err(io_error(&directory, "read"))?;
+                // A file that was removed meanwhile takes nothing.
+                if let Ok(metadata) = entry.metadata() {
+                    usage.used_bytes += metadata.blocks() * 512;
+                    usage.inodes_used += 1;
+                }
+            }
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        usage.timestamp_nanos = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+        Ok(usage)
     }
 
     /// The disk of an image. Its open files keep it usable although the image may be removed.
     pub fn disk(&self, id: &ImageId) -> Result<ImageDisk, StoreError> {
-        Err(StoreError::NotFound { reference: id.to_string() })
+        let not_found = || StoreError::NotFound { reference: id.to_string() };
+        // Removal takes the same lock, so that no file goes between two opens.
+        let _pins = self.inner.pins.lock();
+        let contents = self.inner.read()?;
+        let record = contents.images.get(id).ok_or_else(not_found)?;
+        let open = |path: &Path| File::open(path).map_err(io_error(path, "opened"));
+        let edges = self.inner.edges_path(id);
+        let mut segments = vec![DiskSegment { file: open(&edges)?, offset: 0, length: EDGE }];
+        for layer in &record.layers {
+            let path = self.inner.layer_path(&Digest::parse(layer).map_err(|_| not_found())?);
+            let file = open(&path)?;
+            let length = file.metadata().map_err(io_error(&path, "read"))?.len();
+            segments.push(DiskSegment { file, offset: 0, length });
+        }
+        segments.push(DiskSegment { file: open(&edges)?, offset: EDGE, length: EDGE });
+        Ok(ImageDisk { segments, layers: record.layers.len() as u32 })
+    }
+}
+
+/// The layers a pull wants. They stay until it goes, although no image has them yet.
+pub(crate) struct Pin {
+    store: Arc<Inner>,
+    layers: Vec<Digest>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pins = self.store.pins.lock();
+        for layer in &self.layers {
+            if let Some(count) = pins.get_mut(layer) {
+                *count -= 1;
+                if *count == 0 {
+                    pins.remove(layer);
+                }
+            }
+        }
+        if let Err(error) = self.store.collect(&self.layers, &pins) {
+            tracing::warn!(%error, "layers that no image has stay until the next start");
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn layer_path(&self, diff_id: &Digest) -> PathBuf {
+        self.config.root.join("layers").join(format!("{}.erofs", diff_id.hex()))
+    }
+
+    pub(crate) fn temporary_path(&self, name: &Digest) -> PathBuf {
+        self.config.root.join("tmp").join(name.hex())
+    }
+
+    fn edges_path(&self, id: &ImageId) -> PathBuf {
+        self.config.root.join("images").join(format!("{}.gpt", id.hex()))
+    }
+
+    fn read(&self) -> Result<Contents, StoreError> {
+        self.database.read().map_err(database_error("read"))
+    }
+
+    /// Keeps `layers` from being removed while the pin lives.
+    pub(crate) fn pin(self: &Arc<Self>, layers: &[Digest]) -> Pin {
+        let layers: Vec<Digest> = layers.iter().collect::<BTreeSet<_>>().into_iter().cloned().collect();
+        let mut pins = self.pins.lock();
+        for layer in &layers {
+            *pins.entry(layer.clone()).or_default() += 1;
+        }
+        Pin { store: self.clone(), layers }
+    }
+
+    /// The lock to hold while a layer is made.
+    pub(crate) fn making(&self, diff_id: &Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut making = self.making.lock();
+        making.retain(|_, lock| lock.strong_count() > 0);
+        if let Some(lock) = making.get(diff_id).and_then(Weak::upgrade) {
+            return lock;
+        }
+        let lock = Arc::default();
+        making.insert(diff_id.clone(), Arc::downgrade(&lock));
+        lock
+    }
+
+    /// Makes an image known whose layers are all here and pinned. Durable when it returns.
+    pub(crate) fn add(
+        &self,
+        id: &ImageId,
+        layers: &[Digest],
+        config: StoredConfig,
+        names: &[String],
+    ) -> Result<(), StoreError> {
+        let _pins = self.pins.lock();
+        let mut partitions = Vec::new();
+        for layer in layers {
+            let path = self.layer_path(layer);
+            let bytes = fs::metadata(&path).map_err(io_error(&path, "read"))?.len();
+            partitions.push(Partition { guid: guid(layer), bytes });
+        }
+        let (head, tail) = gpt::edges(guid(id), &partitions);
+        let path = self.edges_path(id);
+        let temporary = self.temporary_path(id);
+        let written = write_durably(&temporary, &path, &[&head[..], &tail]).map_err(io_error(&path, "written"));
+        let size = partitions.iter().map(|partition| partition.bytes).sum();
+        let layers = layers.iter().map(|layer| layer.to_string()).collect();
+        let added = written.and_then(|()| {
+            let record = Record { layers, size, config };
+            self.database.add(id, &record, names).map_err(database_error("written"))
+        });
+        if added.is_err() {
+            // Whatever fails now is found at the next start.
+            let _ = fs::remove_file(&temporary);
+            if !self.read().is_ok_and(|contents| contents.images.contains_key(id)) {
+                let _ = fs::remove_file(&path);
+            }
+        }
+        added
+    }
+
+    /// Removes those of `layers` that neither an image nor a pull has.
+    fn collect(&self, layers: &[Digest], pins: &HashMap<Digest, usize>) -> Result<(), StoreError> {
+        let contents = self.read()?;
+        let used = contents.layers();
+        for layer in layers.iter().filter(|layer| !used.contains(layer.as_str()) && !pins.contains_key(layer)) {
+            let path = self.layer_path(layer);
+            remove_file(&path).map_err(io_error(&path, "removed"))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the store in order after an earlier run: no image without its files, no file without its image.
+    fn clean(&self) -> Result<(), StoreError> {
+        let contents = self.read()?;
+        let here = |path: PathBuf| path.is_file();
+        let whole = |id: &ImageId, record: &Record| {
+            let layer = |layer: &String| Digest::parse(layer).is_ok_and(|digest| here(self.layer_path(&digest)));
+            here(self.edges_path(id)) && record.layers.iter().all(layer)
+        };
+        let broken = contents.images.iter().filter(|(id, record)| !whole(id, record));
+        let broken: Vec<ImageId> = broken.map(|(id, _)| id.clone()).collect();
+        if !broken.is_empty() {
+            tracing::warn!(?broken, "images without all their files are forgotten");
+            self.database.remove(&broken).map_err(database_error("written"))?;
+        }
+        let contents = self.read()?;
+        let layers = contents.layers();
+        let mut keep: BTreeSet<PathBuf> = contents.images.keys().map(|id| self.edges_path(id)).collect();
+        keep.extend(layers.iter().filter_map(|layer| Digest::parse(layer).ok()).map(|layer| self.layer_path(&layer)));
+        for directory in ["layers", "images", "tmp"] {
+            let directory = self.config.root.join(directory);
+            for entry in fs::read_dir(&directory).map_err(io_error(&directory, "read"))? {
+                let path = entry.map_err(io_error(&directory, "read"))?.path();
+                if !keep.contains(&path) {
+                    remove_file(&path).map_err(io_error(&path, "removed"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Contents {
+    fn layers(&self) -> BTreeSet<&str> {
+        self.images.values().flat_map(|record| record.layers.iter().map(String::as_str)).collect()
+    }
+
+    fn find(&self, reference: &str) -> Result<Option<ImageId>, StoreError> {
+        let bare = reference.strip_prefix("sha256:").unwrap_or(reference);
+        if let Ok(id) = Digest::parse(&format!("sha256:{bare}"))
+            && self.images.contains_key(&id)
+        {
+            return Ok(Some(id));
+        }
+        let named = ImageName::parse(reference).ok().and_then(|name| self.names.get(&name.to_string()));
+        if let Some(id) = named.filter(|id| self.images.contains_key(id)) {
+            return Ok(Some(id.clone()));
+        }
+        if bare.is_empty() || !is_hex(bare) {
+            return Ok(None);
+        }
+        let mut matching = self.images.keys().filter(|id| id.hex().starts_with(bare));
+        match (matching.next(), matching.next()) {
+            (Some(_), Some(_)) => Err(StoreError::Ambiguous { reference: reference.to_owned() }),
+            (found, _) => Ok(found.cloned()),
+        }
+    }
+
+    /// The image `id`, which is there.
+    fn image(&self, id: &ImageId) -> Image {
+        let record = &self.images[id];
+        let names = self.names.iter().filter(|(_, named)| *named == id).map(|(name, _)| name.clone());
+        let (repo_digests, repo_tags) = names.partition(|name| name.contains('@'));
+        Image {
+            id: id.clone(),
+            repo_tags,
+            repo_digests,
+            size: record.size,
+            config: record.config.clone().into(),
+            layers: record.layers.len() as u32,
+        }
+    }
+}
+
+/// A GUID that follows from a digest.
+fn guid(digest: &Digest) -> [u8; 16] {
+    let mut guid = [0; 16];
+    for (byte, digits) in guid.iter_mut().zip(digest.hex().as_bytes().chunks(2)) {
+        let text = std::str::from_utf8(digits).expect("a digest's digits are ASCII");
+        *byte = u8::from_str_radix(text, 16).expect("a digest's digits are hexadecimal");
+    }
+    guid
+}
+
+/// What is wrong with the numbers in the configuration.
+fn check(config: &StoreConfig) -> Result<(), String> {
+    let mut problems = Vec::new();
+    if config.max_concurrent_downloads == 0 {
+        problems.push("max_concurrent_downloads must be at least 1");
+    }
+    if config.pull_progress_timeout.is_zero() {
+        problems.push("pull_progress_timeout must be above 0");
+    }
+    if !(1..=127).contains(&config.limits.max_layers) {
+        problems.push("max_layers must be 1 to 127");
+    }
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(problems.join("; ")),
+    }
+}
+
+/// Checks the version file; writes it if nothing else is there yet.
+fn check_version(root: &Path) -> Result<(), OpenError> {
+    let path = root.join("version");
+    match fs::read_to_string(&path) {
+        Ok(version) if version == VERSION => Ok(()),
+        Ok(_) => Err(OpenError::Version { path }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !root.join("metadata.redb").exists() => {
+            let written = write_durably(&root.join("version.new"), &path, &[VERSION.as_bytes()]);
+            written.map_err(|source| OpenError::Io { path, source })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(OpenError::Version { path }),
+        Err(source) => Err(OpenError::Io { path, source }),
+    }
+}
+
+/// Writes a file so that it is there whole or not at all.
+fn write_durably(temporary: &Path, target: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    let mut file = File::create(temporary)?;
+    for part in parts {
+        file.write_all(part)?;
+    }
+    file.sync_all()?;
+    fs::rename(temporary, target)?;
+    sync_parent(target)
+}
+
+/// Removes a file; one that is not there is a success.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }

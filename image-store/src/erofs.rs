@@ -1,0 +1,14 @@
+//! Writing EROFS file systems, in one pass: file data first, as they come, then metadata, the superblock last.
+//!
+//! The format is the kernel's (Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h), of which this uses: blocks of
+//! 4 KiB, extended inodes (64 bytes, with their own times), plain layout for files (so that data are block aligned and can be
+//! mapped, or referred to by chunk), inline layout for what is small in directories and symbolic links, inline extended
+//! attributes, and the superblock's checksum. The same tree in the same order gives the same bytes.
+
+mod format;
+mod tree;
+mod writer;
+
+pub(crate) use format::{Xattr, xattr_prefix};
+pub(crate) use tree::{Attributes, FileType, PathError, Tree};
+pub(crate) use writer::ErofsWriter;

@@ -1,0 +1,120 @@
+//! The names and metadata of images, in redb.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use crate::digest::{Digest, ImageId};
+use crate::image::ImageConfig;
+
+/// Image id → [`Record`] as JSON.
+const IMAGES: TableDefinition<&str, &[u8]> = TableDefinition::new("images");
+/// Full name, with a tag or a digest → image id.
+const NAMES: TableDefinition<&str, &str> = TableDefinition::new("names");
+
+/// What is kept of an image, besides its names.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// Diff ids, bottom first.
+    pub layers: Vec<String>,
+    pub size: u64,
+    pub config: StoredConfig,
+}
+
+/// [`ImageConfig`] as it is stored.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct StoredConfig {
+    pub user: String,
+    pub env: Vec<String>,
+    pub entrypoint: Vec<String>,
+    pub cmd: Vec<String>,
+    pub working_dir: String,
+    pub stop_signal: String,
+    pub labels: BTreeMap<String, String>,
+    pub volumes: BTreeSet<String>,
+    pub exposed_ports: BTreeSet<String>,
+}
+
+impl From<StoredConfig> for ImageConfig {
+    fn from(stored: StoredConfig) -> Self {
+        let StoredConfig { user, env, entrypoint, cmd, working_dir, stop_signal, labels, volumes, exposed_ports } =
+            stored;
+        Self { user, env, entrypoint, cmd, working_dir, stop_signal, labels, volumes, exposed_ports }
+    }
+}
+
+/// All that is known at one moment.
+#[derive(Default)]
+pub(super) struct Contents {
+    pub images: BTreeMap<ImageId, Record>,
+    /// Full name → id.
+    pub names: BTreeMap<String, ImageId>,
+}
+
+pub(super) struct ImageDatabase {
+    database: Database,
+}
+
+impl ImageDatabase {
+    pub(super) fn open(path: &Path) -> Result<Self, redb::Error> {
+        let database = Database::create(path)?;
+        let transaction = database.begin_write()?;
+        transaction.open_table(IMAGES)?;
+        transaction.open_table(NAMES)?;
+        transaction.commit()?;
+        Ok(Self { database })
+    }
+
+    /// Reads everything. A record that makes no sense is passed over: its image counts as not there.
+    pub(super) fn read(&self) -> Result<Contents, redb::Error> {
+        let transaction = self.database.begin_read()?;
+        let mut contents = Contents::default();
+        for row in transaction.open_table(IMAGES)?.iter()? {
+            let (key, value) = row?;
+            match (Digest::parse(key.value()), serde_json::from_slice(value.value())) {
+                (Ok(id), Ok(record)) => drop(contents.images.insert(id, record)),
+                _ => tracing::warn!(image = key.value(), "the record of an image cannot be read"),
+            }
+        }
+        for row in transaction.open_table(NAMES)?.iter()? {
+            let (name, id) = row?;
+            if let Ok(id) = Digest::parse(id.value()) {
+                contents.names.insert(name.value().to_owned(), id);
+            }
+        }
+        Ok(contents)
+    }
+
+    /// Adds an image and its names, which other images lose. Durable when it returns.
+    pub(super) fn add(&self, id: &ImageId, record: &Record, names: &[String]) -> Result<(), redb::Error> {
+        let bytes = serde_json::to_vec(record).expect("strings and numbers can be written as JSON");
+        let transaction = self.database.begin_write()?;
+        transaction.open_table(IMAGES)?.insert(id.as_str(), bytes.as_slice())?;
+        {
+            let mut table = transaction.open_table(NAMES)?;
+            for name in names {
+                table.insert(name.as_str(), id.as_str())?;
+            }
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Removes images and their names. Durable when it returns.
+    pub(super) fn remove(&self, ids: &[ImageId]) -> Result<(), redb::Error> {
+        let transaction = self.database.begin_write()?;
+        {
+            let mut images = transaction.open_table(IMAGES)?;
+            for id in ids {
+                images.remove(id.as_str())?;
+            }
+            let mut names = transaction.open_table(NAMES)?;
+            names.retain(|_, id| !ids.iter().any(|gone| gone.as_str() == id))?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+}
