@@ -8,6 +8,22 @@
 
 #![deny(unsafe_code)]
 
+mod acpi;
+mod boot;
+pub mod config;
+pub mod control;
+mod cpuid;
 pub mod devices;
+pub mod exit;
+mod io_bus;
+mod irq;
+pub mod kvm;
+mod layout;
+pub mod machine;
+pub mod memory;
+pub mod pci;
+pub mod serial;
+pub mod sys;
 pub mod tap;
+mod vcpu;
 pub mod virtio;

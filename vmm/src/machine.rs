@@ -1,0 +1,284 @@
+//! One VM put together: KVM, memory, vCPUs, the bus and the devices on it.
+
+use std::io;
+use std::sync::Arc;
+
+use isopod_proto::{DiskId, ErrorKind};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use parking_lot::Mutex;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, BootError, BootSource, CpuStateError};
+use crate::config::{Config, DiskConfig};
+use crate::devices::block::{Block, BlockError};
+use crate::devices::net::{Net, NetError};
+use crate::devices::rng::{Rng, RngError};
+use crate::devices::vsock::{Vsock, VsockError};
+use crate::exit::{Exit, Reason};
+use crate::io_bus::IoBus;
+use crate::irq::{InterruptRoutes, KvmVectors};
+use crate::kvm::{self, CheckedKvm, KvmError};
+use crate::memory::{self, MemoryError};
+use crate::pci::{HostBridge, Notifications, PciBus, PciError, SlotNumber, VirtioFunction};
+use crate::serial::{ConsoleRing, SerialConsole, SerialInterrupt};
+use crate::vcpu::{VcpuError, VcpuSet};
+use crate::virtio::{GuestMemory, VirtioDevice};
+use crate::{acpi, cpuid, layout, sys};
+
+/// Why a VM could not be made, or a request to it not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM does not do.
+    #[error("KVM cannot be used")]
+    Kvm(#[source] KvmError),
+    /// A step of making the VM fails.
+    #[error("KVM refuses to {0}")]
+    Refused(&'static str, #[source] io::Error),
+    /// No memory for the guest.
+    #[error("cannot give the guest its memory")]
+    Memory(#[source] MemoryError),
+    /// The kernel cannot be booted.
+    #[error("cannot prepare the boot")]
+    Boot(#[source] BootError),
+    /// The guest's memory refuses the ACPI tables.
+    #[error("cannot write the ACPI tables")]
+    Acpi(#[source] vm_memory::GuestMemoryError),
+    /// A CPU's state is refused.
+    #[error("cannot set up vCPU {0}")]
+    Cpu(u8, #[source] CpuStateError),
+    /// The threads.
+    #[error("cannot run the vCPUs")]
+    Vcpus(#[source] VcpuError),
+    /// A disk.
+    #[error("cannot make disk {0}")]
+    Disk(DiskId, #[source] BlockError),
+    /// A network interface.
+    #[error("cannot make a network interface")]
+    Net(#[source] NetError),
+    /// The vsock device.
+    #[error("cannot make the vsock device")]
+    Vsock(#[source] VsockError),
+    /// The entropy device.
+    #[error("cannot make the entropy device")]
+    Rng(#[source] RngError),
+    /// The bus is full.
+    #[error("cannot add {0} to the bus")]
+    Bus(String, #[source] PciError),
+    /// A disk id is in use.
+    #[error("disk {0} is there already")]
+    DiskExists(DiskId),
+    /// A disk id is not in use.
+    #[error("there is no disk {0}")]
+    NoDisk(DiskId),
+}
+
+impl MachineError {
+    /// What sort of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Kvm(error) => error.kind(),
+            Self::Memory(error) => error.kind(),
+            Self::Boot(error) => error.kind(),
+            Self::Disk(_, error) => error.kind(),
+            Self::Net(error) => error.kind(),
+            Self::Vsock(error) => error.kind(),
+            Self::Rng(error) => error.kind(),
+            Self::Bus(_, error) => error.kind(),
+            Self::DiskExists(_) => ErrorKind::AlreadyExists,
+            Self::NoDisk(_) => ErrorKind::NotFound,
+            Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Vcpus(_) => ErrorKind::Internal,
+        }
+    }
+
+    /// How a VM that could not be made ends.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Kvm(_) => Reason::KvmUnusable,
+            _ if self.kind() == ErrorKind::InvalidArgument => Reason::BadConfig,
+            _ => Reason::Internal,
+        }
+    }
+}
+
+/// A VM that runs, or is paused.
+pub struct Machine {
+    // Fields are dropped in this order: first nothing runs in the guest any more, then its devices stop.
+    vcpus: VcpuSet,
+    pci: Arc<Mutex<PciBus>>,
+    builder: FunctionBuilder,
+    disks: Vec<(DiskId, SlotNumber)>,
+    console: ConsoleRing,
+    memory_bytes: u64,
+    vcpu_count: u8,
+}
+
+impl Machine {
+    /// Makes the VM that `config` describes and lets it run. `console` gets what the guest prints.
+    pub fn start(config: Config, console: ConsoleRing) -> Result<Self, MachineError> {
+        let checked = kvm::open().map_err(MachineError::Kvm)?;
+        let memory = memory::allocate(config.memory_bytes).map_err(MachineError::Memory)?;
+        let vm = create_vm(&checked, &memory)?;
+        let routes = InterruptRoutes::new(Arc::clone(&vm));
+        let serial = routes.pin(layout::SERIAL_IRQ).map_err(refused("connect the serial port's interrupt"))?;
+        let serial = SerialConsole::new(SerialInterrupt(serial), console.clone());
+
+        let cmdline = boot::command_line(config.verbose_console, &config.cmdline);
+        let source = BootSource { kernel: &config.kernel, initramfs: &config.initramfs, cmdline: &cmdline };
+        let entry = boot::load(&memory, &source).map_err(MachineError::Boot)?;
+        memory
+            .write_slice(&acpi::tables(config.vcpus), GuestAddress(layout::ACPI_TABLES))
+            .map_err(MachineError::Acpi)?;
+        let vcpus = create_vcpus(&vm, &checked, config.vcpus)?;
+        boot::set_up_boot_cpu(&vcpus[0], &memory, entry).map_err(|error| MachineError::Cpu(0, error))?;
+
+        let mut bus = PciBus::new(Box::new(HostBridge::new()));
+        let builder = FunctionBuilder { vm, memory, routes };
+        let disks = add_devices(&mut bus, &builder, config.devices)?;
+        let pci = Arc::new(Mutex::new(bus));
+        let io_bus = Arc::new(IoBus::new(serial, Arc::clone(&pci)));
+        let vcpus = VcpuSet::start(vcpus, io_bus).map_err(MachineError::Vcpus)?;
+        let (memory_bytes, vcpu_count) = (config.memory_bytes, config.vcpus);
+        Ok(Self { vcpus, pci, builder, disks, console, memory_bytes, vcpu_count })
+    }
+
+    /// Adds a disk; the guest finds it when it rescans the bus.
+    pub fn add_disk(&mut self, disk: DiskConfig) -> Result<(), MachineError> {
+        if self.disks.iter().any(|(id, _)| *id == disk.id) {
+            return Err(MachineError::DiskExists(disk.id));
+        }
+        let id = disk.id.clone();
+        let device = block(disk)?;
+        // The eventfds and routes of the new function come into being when its driver starts it, not under this lock.
+        let slot = self.builder.add(&mut self.pci.lock(), device)?;
+        self.disks.push((id, slot));
+        Ok(())
+    }
+
+    /// Takes a disk away. A driver that still drives it finds it gone; its requests in flight are finished first.
+    pub fn remove_disk(&mut self, id: &DiskId) -> Result<(), MachineError> {
+        let position = self.disks.iter().position(|(disk, _)| disk == id);
+        let position = position.ok_or_else(|| MachineError::NoDisk(id.clone()))?;
+        let (_, slot) = self.disks.remove(position);
+        let function = self.pci.lock().remove(slot);
+        // Outside of the lock: dropping joins the worker, which may wait for the disk.
+        drop(function);
+        Ok(())
+    }
+
+    /// The ids of the disks, in the order in which they were added.
+    pub fn disk_ids(&self) -> impl Iterator<Item = &DiskId> {
+        self.disks.iter().map(|(id, _)| id)
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &VcpuSet {
+        &self.vcpus
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpu_count(&self) -> u8 {
+        self.vcpu_count
+    }
+
+    /// Bytes of guest memory.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// What the guest printed.
+    pub fn console(&self) -> &ConsoleRing {
+        &self.console
+    }
+
+    /// Stops vCPUs, then devices. If the VM had ended by itself, that is returned.
+    pub fn stop(mut self) -> Option<Exit> {
+        self.vcpus.stop();
+        self.pci.lock().clear();
+        self.vcpus.exit()
+    }
+}
+
+fn refused<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> MachineError {
+    move |error| MachineError::Refused(what, error.into())
+}
+
+fn create_vm(checked: &CheckedKvm, memory: &GuestMemory) -> Result<Arc<VmFd>, MachineError> {
+    let vm = checked.kvm.create_vm().map_err(refused("create a VM"))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(refused("place its task state segment"))?;
+    vm.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
+    sys::map_guest_memory(&vm, memory).map_err(refused("map the guest's memory"))?;
+    Ok(Arc::new(vm))
+}
+
+fn create_vcpus(vm: &VmFd, checked: &CheckedKvm, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
+    (0..count)
+        .map(|index| {
+            let vcpu = vm.create_vcpu(index.into()).map_err(refused("create a vCPU"))?;
+            vcpu.set_cpuid2(&cpuid::for_vcpu(&checked.cpuid, index, count)).map_err(refused("set a vCPU's CPUID"))?;
+            boot::set_up_msrs(&vcpu).map_err(|error| MachineError::Cpu(index, error))?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// Puts the devices that `devices` asks for on the bus, and returns the disks' places.
+fn add_devices(
+    bus: &mut PciBus,
+    builder: &FunctionBuilder,
+    devices: crate::config::Devices,
+) -> Result<Vec<(DiskId, SlotNumber)>, MachineError> {
+    let crate::config::Devices { vsock, guest_cid, disks, interfaces } = devices;
+    builder.add(bus, Box::new(Rng::new().map_err(MachineError::Rng)?))?;
+    builder.add(bus, Box::new(Vsock::new(vsock, guest_cid).map_err(MachineError::Vsock)?))?;
+    for interface in interfaces {
+        let net = Net::new(interface.tap, interface.mac, interface.mtu).map_err(MachineError::Net)?;
+        builder.add(bus, Box::new(net))?;
+    }
+    disks
+        .into_iter()
+        .map(|disk| {
+            let id = disk.id.clone();
+            Ok((id, builder.add(bus, block(disk)?)?))
+        })
+        .collect()
+}
+
+fn block(disk: DiskConfig) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    let DiskConfig { id, readonly, segments } = disk;
+    let block = Block::new(id.clone(), readonly, segments).map_err(|error| MachineError::Disk(id, error))?;
+    Ok(Box::new(block))
+}
+
+/// Makes PCI functions of devices.
+struct FunctionBuilder {
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    routes: Arc<InterruptRoutes>,
+}
+
+impl FunctionBuilder {
+    fn add(&self, bus: &mut PciBus, device: Box<dyn VirtioDevice>) -> Result<SlotNumber, MachineError> {
+        let slot = bus.free_slot().map_err(|error| MachineError::Bus(device.name(), error))?;
+        let vectors = Box::new(KvmVectors::new(Arc::clone(&self.routes)));
+        let notifications = Box::new(KvmNotifications(Arc::clone(&self.vm)));
+        let function =
+            VirtioFunction::new(device, self.memory.clone(), slot.initial_bar(), vectors, notifications);
+        bus.insert(slot, Box::new(function));
+        Ok(slot)
+    }
+}
+
+/// Notifications by ioeventfd: the guest's write wakes the device's worker without a return to user space.
+struct KvmNotifications(Arc<VmFd>);
+
+impl Notifications for KvmNotifications {
+    fn attach(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(io::Error::from)
+    }
+
+    fn detach(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.0.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(io::Error::from)
+    }
+}

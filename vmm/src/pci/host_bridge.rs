@@ -1,0 +1,45 @@
+//! The host bridge at 00:00.0: it is there because drivers expect one; it does nothing.
+
+use super::PciFunction;
+use super::config_space::{ConfigSpace, Identity};
+
+/// Red Hat's generic PCIe host bridge, for which Linux has no quirk.
+const IDENTITY: Identity = Identity { vendor: 0x1b36, device: 0x0008, subsystem: 0, revision: 0, class: 0x06_0000 };
+
+/// The host bridge.
+pub struct HostBridge {
+    config: ConfigSpace,
+}
+
+impl HostBridge {
+    /// A host bridge.
+    pub fn new() -> Self {
+        Self { config: ConfigSpace::new(&IDENTITY) }
+    }
+}
+
+impl Default for HostBridge {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+    }
+
+    fn memory_bar(&self) -> Option<u64> {
+        None
+    }
+
+    fn read_memory(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write_memory(&mut self, _offset: u64, _data: &[u8]) {}
+}

@@ -1,0 +1,68 @@
+//! All `unsafe` of the core: inherited descriptors, signals, and telling KVM about guest memory.
+#![allow(unsafe_code, reason = "the one place of the crate's core that may")]
+
+pub mod kick;
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+
+use crate::virtio::GuestMemory;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+/// Takes ownership of the inherited descriptor `fd` and sets its close-on-exec flag. It must be open, above the standard
+/// streams, and must not be taken twice: the caller keeps track of that.
+pub fn take_inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= 2 {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    // SAFETY: F_SETFD takes an integer and touches no memory; a number that is no descriptor gives EBADF.
+    let result = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, as fcntl has just shown, and the caller takes each number at most once.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Blocks SIGTERM and SIGINT in this thread and those it starts, and returns a descriptor that is readable when one is pending.
+pub fn termination_signals() -> io::Result<OwnedFd> {
+    // SAFETY: sigset_t is plain data for which all zeroes is a value; sigemptyset makes it the empty set.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is valid for writing.
+    unsafe { libc::sigemptyset(&mut set) };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: `set` was initialised above; both are signal numbers.
+        unsafe { libc::sigaddset(&mut set, signal) };
+    }
+    // SAFETY: `set` is initialised and the old mask is not asked for.
+    let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+    if result != 0 {
+        return Err(io::Error::from_raw_os_error(result));
+    }
+    // SAFETY: `set` is initialised; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: signalfd returned a new descriptor that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Shows `memory` to the guests of `vm`, one slot a region. The VM must not outlive `memory`: the caller keeps both.
+pub fn map_guest_memory(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {
+    for (slot, region) in memory.iter().enumerate() {
+        let mapping = kvm_userspace_memory_region {
+            slot: u32::try_from(slot).expect("there are at most two regions"),
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.get_mmap().as_ptr() as u64,
+        };
+        // SAFETY: the range is a live private mapping of exactly this size, which only goes when `memory`'s last clone does.
+        unsafe { vm.set_user_memory_region(mapping) }?;
+    }
+    Ok(())
+}
