@@ -176,7 +176,9 @@ impl Pull<'_> {
         }
         // Every layer in it stays until the image is known. The threads that make layers hold it too.
         let pin = std::sync::Arc::new(self.store.inner.pin(&diff_ids));
-        let layers = blobs.iter().zip(&diff_ids).map(|(blob, diff_id)| self.layer(blob, diff_id, pin.clone()));
+        // Collected, as a stream that holds the closure is not provably Send (rust-lang/rust#64552).
+        let layers: Vec<_> =
+            blobs.iter().zip(&diff_ids).map(|(blob, diff_id)| self.layer(blob, diff_id, pin.clone())).collect();
         let at_once = self.store.inner.config.max_concurrent_downloads;
         stream::iter(layers).buffer_unordered(at_once).try_collect::<()>().await?;
         let mut names = vec![self.name.with_digest(&digest).to_string()];
