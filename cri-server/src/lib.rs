@@ -1,13 +1,35 @@
 //! The isopod daemon: it serves the Kubernetes Container Runtime Interface and runs every pod in a microVM.
 //!
-//! [`grpc`] is the edge towards the kubelet.
+//! [`grpc`] is the edge towards the kubelet. [`runtime`] finds the sandbox a call is for; the sandbox's driver
+//! ([`sandbox::driver`]) carries it out; lists and status calls read the [`index`]. [`vmm`] and [`guest`] are the edges
+//! towards a sandbox's VMM process and the agent in its guest.
+//!
+//! Not here: anything that looks into an image or a guest's memory, and any container process on the host.
 
 #![forbid(unsafe_code)]
 
 pub mod cgroup;
 pub mod check;
 pub mod config;
+pub mod container;
+pub mod context;
 pub mod cri;
 pub mod grpc;
-pub mod log;
+pub mod guest;
+pub mod index;
+pub mod network;
+mod object_id;
+pub mod sandbox;
+pub mod store;
 mod tools;
+pub mod vmm;
+
+/// A new id.
+fn random_id() -> Result<isopod_proto::ObjectId, rustix::io::Errno> {
+    let mut bytes = [0; 32];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(isopod_proto::ObjectId::from_random(bytes))
+}

@@ -1,0 +1,8 @@
+//! Container logs, in the format the kubelet reads:
+//! `<RFC 3339 time with nanoseconds> <stdout|stderr> <P|F> <text>\n`, where P marks a part of a line and F its end.
+
+mod file;
+mod lines;
+
+pub use file::{ContainerLog, LogError, LogStream};
+pub use lines::{Lines, MAX_LINE};

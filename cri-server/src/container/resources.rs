@@ -1,0 +1,75 @@
+//! A container's limits, for its cgroup in the guest.
+
+use isopod_proto::agent::Resources;
+
+use super::SpecError;
+use crate::cri;
+
+/// The guest's form of CRI's limits; 0 in CRI means "as it is".
+pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, SpecError> {
+    let invalid = |field, value: i64| SpecError::Invalid { field, problem: format!("{value} is negative") };
+    let natural = |field, value: i64| match u64::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(value) => Ok(Some(value)),
+        Err(_) => Err(invalid(field, value)),
+    };
+    // The kubelet lists every page size of the node with 0, which asks for nothing.
+    if let Some(huge) = limits.hugepage_limits.iter().find(|huge| huge.limit != 0) {
+        return Err(SpecError::Unsupported {
+            field: "linux.resources.hugepage_limits",
+            what: format!("huge pages ({})", huge.page_size.chars().take(20).collect::<String>()),
+        });
+    }
+    let given = |value: i64| (value != 0).then_some(value);
+    Ok(Resources {
+        cpu_shares: natural("linux.resources.cpu_shares", limits.cpu_shares)?,
+        cpu_quota_micros: given(limits.cpu_quota),
+        cpu_period_micros: natural("linux.resources.cpu_period", limits.cpu_period)?,
+        memory_limit_bytes: given(limits.memory_limit_in_bytes),
+        memory_swap_limit_bytes: given(limits.memory_swap_limit_in_bytes),
+        pids_limit: None,
+        // CPU and node numbers are the host's; in the guest there are others.
+        cpuset_cpus: String::new(),
+        cpuset_mems: String::new(),
+        unified: limits.unified.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_is_no_limit() {
+        assert_eq!(to_guest(&cri::LinuxContainerResources::default()), Ok(Resources::default()));
+    }
+
+    #[test]
+    fn limits_are_passed_on() {
+        let limits = cri::LinuxContainerResources {
+            cpu_quota: -1,
+            cpu_period: 100_000,
+            memory_limit_in_bytes: 15 << 20,
+            ..Default::default()
+        };
+        let guest = to_guest(&limits).expect("valid");
+        assert_eq!(guest.cpu_quota_micros, Some(-1));
+        assert_eq!((guest.cpu_period_micros, guest.memory_limit_bytes), (Some(100_000), Some(15 << 20)));
+    }
+
+    #[test]
+    fn huge_pages_are_refused_only_if_there_are_to_be_some() {
+        let with = |limit| cri::LinuxContainerResources {
+            hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".into(), limit }],
+            ..Default::default()
+        };
+        assert!(to_guest(&with(0)).is_ok());
+        assert!(matches!(to_guest(&with(1)), Err(SpecError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn negative_shares_are_refused() {
+        let limits = cri::LinuxContainerResources { cpu_shares: -2, ..Default::default() };
+        assert!(to_guest(&limits).expect_err("negative").to_string().contains("cpu_shares"));
+    }
+}

@@ -1,0 +1,22 @@
+//! What every sandbox's driver works with.
+
+use isopod_image_store::ImageStore;
+
+use crate::config::Config;
+use crate::index::Index;
+use crate::network::Network;
+use crate::store::Store;
+
+/// The daemon's parts.
+pub struct Context {
+    /// The configuration.
+    pub config: Config,
+    /// The state database.
+    pub store: Store,
+    /// The images.
+    pub images: ImageStore,
+    /// The pods' network.
+    pub network: Network,
+    /// What clients are shown.
+    pub index: Index,
+}

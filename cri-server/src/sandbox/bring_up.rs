@@ -1,0 +1,250 @@
+//! From a reserved name to a guest that is the pod it is to be.
+//!
+//! Each step enters what it took into the sandbox's record before the next one begins, so whatever fails, and whenever the
+//! daemon ends, [`super::resources::release`] finds all of it.
+
+use std::fs::{DirBuilder, File};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use isopod_proto::ErrorKind;
+use isopod_proto::agent::{ConfigurePodRequest, Hello, Interface, Route};
+use tokio::time::timeout;
+
+use super::{SandboxRecord, files, now, resources, scratch, size};
+use crate::cgroup::{self, CgroupError};
+use crate::check;
+use crate::context::Context;
+use crate::guest::{Guest, GuestError, HelloConnection, LONG};
+use crate::network::{Attachment, NetworkError, mac_of};
+use crate::store::StateError;
+use crate::vmm::{self, BootDisk, VSOCK_SOCKET, Vm, VmSpec, VmmError, console_tail};
+
+/// The scratch disk's id in the VM.
+const SCRATCH_DISK: &str = "scratch";
+/// How long the reason of a lost connection is waited for.
+const END_GRACE: Duration = Duration::from_secs(3);
+
+/// A sandbox's running VM and the way into its guest.
+#[derive(Clone)]
+pub struct Up {
+    /// The VMM process.
+    pub vm: Arc<Vm>,
+    /// The guest.
+    pub guest: Guest,
+}
+
+/// A sandbox that cannot be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum BringUpError {
+    /// Its directory.
+    #[error("cannot make the sandbox's directory {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file of the guest's.
+    #[error("cannot open {path}")]
+    GuestFile {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The kernel is none.
+    #[error("{problem}")]
+    Kernel {
+        /// What it is instead.
+        problem: String,
+    },
+    /// The scratch disk.
+    #[error("no scratch disk")]
+    Scratch(#[source] scratch::ScratchError),
+    /// The cgroup.
+    #[error("no cgroup")]
+    Cgroup(#[source] CgroupError),
+    /// The network.
+    #[error("no network")]
+    Network(#[source] NetworkError),
+    /// The VMM.
+    #[error("no VM")]
+    Vmm(#[source] VmmError),
+    /// The guest.
+    #[error("no contact with the guest")]
+    Guest(#[source] GuestError),
+    /// The agent does not report.
+    #[error("the agent said no hello within {} s; console:\n{console}", deadline.as_secs())]
+    NoHello {
+        /// What it had.
+        deadline: Duration,
+        /// The end of the guest's console.
+        console: String,
+    },
+    /// The database.
+    #[error("cannot keep the state")]
+    State(#[source] StateError),
+    /// A thread died.
+    #[error("a thread of the daemon panicked")]
+    Panicked,
+}
+
+impl BringUpError {
+    /// What sort of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Directory { .. } | Self::GuestFile { .. } | Self::Panicked => ErrorKind::Internal,
+            Self::Kernel { .. } => ErrorKind::FailedPrecondition,
+            Self::Scratch(error) => error.kind(),
+            Self::Cgroup(error) => error.kind(),
+            Self::Network(error) => error.kind(),
+            Self::Vmm(error) => error.kind(),
+            Self::Guest(error) => error.kind(),
+            Self::NoHello { .. } => ErrorKind::DeadlineExceeded,
+            Self::State(error) => error.kind(),
+        }
+    }
+}
+
+/// Brings the sandbox up. After an error the caller releases what `record` names.
+pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<Up, BringUpError> {
+    let config = &context.config;
+    check::check_kernel(&config.vmm.kernel).map_err(|problem| BringUpError::Kernel { problem })?;
+    let pod = record.config.linux.clone();
+    let parent = pod.as_ref().map(|pod| pod.cgroup_parent.clone()).unwrap_or_default();
+
+    let directory = resources::directory(context, &record.id);
+    make_directory(&directory)?;
+    context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
+    let scratch = make_scratch(context, record).await?;
+    record.cgroup = Some(cgroup::make(&parent, &record.id).map_err(BringUpError::Cgroup)?);
+    let attachment = context.network.attach(&record.id).await.map_err(BringUpError::Network)?;
+    record.address = Some(attachment.address);
+    context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
+
+    let address = attachment.address;
+    let (vm, hello) = start_vm(context, record, &directory, scratch, attachment).await?;
+    context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
+    let hello = await_hello(&vm, hello, config.vmm.boot_deadline).await?;
+    tracing::info!(
+        kernel = hello.kernel_release,
+        agent = hello.agent_version,
+        uptime_millis = hello.uptime_nanos / 1_000_000,
+        "the guest is up"
+    );
+    let guest = Guest::new(directory.join(VSOCK_SOCKET));
+    configure(context, record, &guest, address).await?;
+    Ok(Up { vm: Arc::new(vm), guest })
+}
+
+fn make_directory(path: &Path) -> Result<(), BringUpError> {
+    let failed = |source| BringUpError::Directory { path: path.into(), source };
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
+    }
+    DirBuilder::new().mode(0o700).create(path).map_err(failed)
+}
+
+async fn make_scratch(context: &Context, record: &SandboxRecord) -> Result<BootDisk, BringUpError> {
+    let (root, id, length) = (context.config.root.clone(), record.id.clone(), context.config.vmm.scratch_bytes);
+    let made = tokio::task::spawn_blocking(move || scratch::make(&root, &id, length)).await;
+    let file = made.map_err(|_| BringUpError::Panicked)?.map_err(BringUpError::Scratch)?;
+    Ok(BootDisk { id: SCRATCH_DISK, file, length })
+}
+
+async fn start_vm(
+    context: &Context,
+    record: &mut SandboxRecord,
+    directory: &Path,
+    scratch: BootDisk,
+    attachment: Attachment,
+) -> Result<(Vm, HelloConnection), BringUpError> {
+    let config = &context.config.vmm;
+    let open = |path: &Path| File::open(path).map_err(|source| BringUpError::GuestFile { path: path.into(), source });
+    let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
+    let size = size::of(record.config.linux.as_ref(), config, host_cpus);
+    let spec = VmSpec {
+        binary: config.binary.clone(),
+        directory: directory.into(),
+        cgroup: record.cgroup.clone().unwrap_or_default(),
+        vcpus: size.vcpus,
+        memory_bytes: size.memory_bytes,
+        kernel: open(&config.kernel)?,
+        initramfs: open(&config.initramfs)?,
+        disks: vec![scratch],
+        interface: (attachment.tap, mac_of(attachment.address), context.network.mtu()),
+        verbose_console: config.verbose_console,
+    };
+    let sockets = Vm::listen(directory).map_err(BringUpError::Vmm)?;
+    // Before the VMM runs, so that the hello cannot come too early.
+    let hello = HelloConnection::open(&directory.join(VSOCK_SOCKET)).await.map_err(BringUpError::Guest)?;
+    let vm = Vm::spawn(spec, sockets).map_err(BringUpError::Vmm)?;
+    record.vm = Some(vm.identity());
+    Ok((vm, hello))
+}
+
+/// Waits for the agent's hello, as long as the VM lives and the deadline allows.
+async fn await_hello(vm: &Vm, hello: HelloConnection, deadline: Duration) -> Result<Hello, BringUpError> {
+    let ended = |end: Arc<vmm::VmEnd>| {
+        BringUpError::Vmm(VmmError::Ended { message: end.message.clone(), console: end.console.clone() })
+    };
+    let received = tokio::select! {
+        received = timeout(deadline, hello.receive()) => received,
+        end = vm.ended() => return Err(ended(end)),
+    };
+    match received {
+        Ok(Ok(hello)) => Ok(hello),
+        // If the VM is about to end, its end says more than the connection that it closed.
+        Ok(Err(error)) => match timeout(END_GRACE, vm.ended()).await {
+            Ok(end) => Err(ended(end)),
+            Err(_) => Err(BringUpError::Guest(error)),
+        },
+        Err(_) => {
+            let console = match vmm::console(vm.directory()).await {
+                Ok(bytes) => console_tail(&bytes, 30),
+                Err(error) => format!("({error})"),
+            };
+            Err(BringUpError::NoHello { deadline, console })
+        }
+    }
+}
+
+async fn configure(
+    context: &Context,
+    record: &SandboxRecord,
+    guest: &Guest,
+    address: Ipv4Addr,
+) -> Result<(), BringUpError> {
+    let mac = mac_of(address).map(|byte| format!("{byte:02x}")).join(":");
+    let hostname = record.hostname();
+    // A node without the file has no resolver to offer.
+    let of_node = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let request = ConfigurePodRequest {
+        interfaces: vec![Interface {
+            mac,
+            name: "eth0".to_owned(),
+            addresses: vec![format!("{address}/{}", context.network.prefix())],
+            mtu: context.network.mtu(),
+        }],
+        routes: vec![Route {
+            destination: "0.0.0.0/0".to_owned(),
+            gateway: context.network.gateway().to_string(),
+            interface: "eth0".to_owned(),
+        }],
+        resolv_conf: files::resolv_conf(record.config.dns_config.as_ref(), &of_node).into(),
+        hosts: files::hosts(&hostname, address).into(),
+        hostname,
+        sysctls: record.config.linux.clone().unwrap_or_default().sysctls,
+        scratch_disk: SCRATCH_DISK.to_owned(),
+        realtime_nanos: now(),
+        shm_size_bytes: 0,
+    };
+    let mut client = guest.client();
+    Guest::call("ConfigurePod", LONG, client.configure_pod(request)).await.map(drop).map_err(BringUpError::Guest)
+}

@@ -1,0 +1,356 @@
+//! The task that owns a sandbox.
+//!
+//! It takes commands from RPC handlers and events from its own tasks, one after the other. A handler that goes away changes
+//! nothing: the work is done here. What takes its time (a command in a container, the grace of a stop) runs in a task of
+//! the driver's and comes back as an event.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use isopod_proto::agent::{StatsRequest, StatsResponse, WaitProcessResponse};
+use isopod_proto::{DiskId, ObjectId};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::admission::{self, Admission, Request};
+use super::bring_up::{Up, bring_up};
+use super::exec::Outcome;
+use super::{SandboxError, SandboxPhase, SandboxRecord, monitor, resources};
+use crate::container::log::ContainerLog;
+use crate::container::{ContainerRecord, ContainerState};
+use crate::context::Context;
+use crate::cri;
+use crate::grpc::status::chain;
+use crate::guest::{Guest, GuestError, SHORT};
+use crate::vmm::{Vm, VmEnd};
+
+/// Where an answer goes.
+pub type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
+
+/// What an RPC handler asks of a driver.
+pub enum Command {
+    /// StopPodSandbox.
+    Stop(Reply<()>),
+    /// RemovePodSandbox; the driver ends if it succeeds.
+    Remove(Reply<()>),
+    /// CreateContainer.
+    Create(Box<cri::ContainerConfig>, Reply<ObjectId>),
+    /// StartContainer.
+    Start(ObjectId, Reply<()>),
+    /// StopContainer, with its grace.
+    StopContainer(ObjectId, Duration, Reply<()>),
+    /// RemoveContainer.
+    RemoveContainer(ObjectId, Reply<()>),
+    /// ReopenContainerLog.
+    ReopenLog(ObjectId, Reply<()>),
+    /// ExecSync: the command and its limit.
+    Exec(ObjectId, Vec<String>, Option<Duration>, Reply<Outcome>),
+    /// The guest's counters.
+    Stats(Reply<StatsResponse>),
+}
+
+/// What the driver's own tasks tell it.
+pub(super) enum Event {
+    /// A container's process has ended; its log is complete.
+    Exited(ObjectId, WaitProcessResponse),
+    /// The grace of a stop is over.
+    GraceOver(ObjectId),
+    /// A killed container should have ended by now.
+    KillOverdue(ObjectId),
+    /// The VM has ended.
+    VmEnded(Arc<VmEnd>),
+}
+
+/// A container as its driver has it.
+pub(super) struct Container {
+    pub record: ContainerRecord,
+    pub log: Option<Arc<ContainerLog>>,
+    pub follower: Option<JoinHandle<()>>,
+    /// The stop signal has been sent; it is sent once only.
+    pub stop_sent: bool,
+    pub stop_replies: Vec<Reply<()>>,
+    /// The client that created it got its id; otherwise the next one that asks for the same gets it.
+    pub delivered: bool,
+}
+
+impl Container {
+    pub fn new(record: ContainerRecord) -> Self {
+        Self { record, log: None, follower: None, stop_sent: false, stop_replies: Vec::new(), delivered: true }
+    }
+
+    pub fn is_running(&self) -> bool {
+        matches!(self.record.state, ContainerState::Running { .. })
+    }
+}
+
+/// See the module's documentation.
+pub struct Driver {
+    pub(super) context: Arc<Context>,
+    pub(super) record: SandboxRecord,
+    pub(super) up: Option<Up>,
+    pub(super) containers: BTreeMap<ObjectId, Container>,
+    /// Image disks that are in the VM and mounted in the guest.
+    pub(super) disks: BTreeSet<DiskId>,
+    /// Tasks that are not a container's follower: commands, timers, the watch on the VM.
+    pub(super) tasks: JoinSet<()>,
+    pub(super) events: mpsc::UnboundedReceiver<Event>,
+    pub(super) sender: mpsc::UnboundedSender<Event>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        for container in self.containers.values() {
+            if let Some(follower) = &container.follower {
+                follower.abort();
+            }
+        }
+    }
+}
+
+impl Driver {
+    fn new(context: Arc<Context>, record: SandboxRecord) -> Self {
+        let (sender, events) = mpsc::unbounded_channel();
+        Self {
+            context,
+            record,
+            up: None,
+            containers: BTreeMap::new(),
+            disks: BTreeSet::new(),
+            tasks: JoinSet::new(),
+            events,
+            sender,
+        }
+    }
+
+    /// Brings a new sandbox up. If that fails, everything is undone.
+    pub async fn start(context: Arc<Context>, record: SandboxRecord) -> Result<Self, SandboxError> {
+        let mut driver = Self::new(context, record);
+        let failure = match bring_up(&driver.context, &mut driver.record).await {
+            Ok(up) => {
+                driver.up = Some(up);
+                driver.watch_vm();
+                driver.record.phase = SandboxPhase::Ready;
+                match driver.save().await {
+                    Ok(()) => return Ok(driver),
+                    Err(error) => error,
+                }
+            }
+            Err(error) => SandboxError::BringUp(error),
+        };
+        driver.forget().await;
+        Err(failure)
+    }
+
+    /// Undoes a sandbox that never became ready. Should that fail, the next start of the daemon tries again.
+    async fn forget(&self) {
+        if let Err(error) = resources::release(&self.context, &self.record).await {
+            tracing::error!(error = chain(&error), "a sandbox that did not start is not undone");
+            return;
+        }
+        if let Err(error) = self.context.store.remove_sandbox(&self.record.id).await {
+            tracing::error!(error = chain(&error), "a sandbox that did not start is not forgotten");
+        }
+    }
+
+    /// Takes up a sandbox of an earlier daemon. None: it never became ready, and is undone.
+    pub async fn resume(
+        context: Arc<Context>,
+        record: SandboxRecord,
+        containers: Vec<ContainerRecord>,
+    ) -> Option<Self> {
+        let mut driver = Self::new(context, record);
+        if driver.record.phase == SandboxPhase::Starting {
+            driver.forget().await;
+            return None;
+        }
+        driver.containers =
+            containers.into_iter().map(|record| (record.id.clone(), Container::new(record))).collect();
+        for container in driver.containers.values() {
+            driver.context.index.publish_container(&container.record);
+        }
+        driver.context.index.publish_sandbox(&driver.record);
+        if driver.record.phase != SandboxPhase::Ready {
+            return Some(driver);
+        }
+        let directory = resources::directory(&driver.context, &driver.record.id);
+        match driver.record.vm.and_then(|identity| Vm::find(identity, &directory).ok()) {
+            Some(vm) => {
+                driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
+                driver.disks = driver.containers.values().map(|container| container.record.disk()).collect();
+                driver.watch_vm();
+                let running: Vec<_> =
+                    driver.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+                for id in running {
+                    if let Err(error) = driver.follow(&id) {
+                        tracing::error!(container = %id, error = chain(&error), "a container is not followed");
+                    }
+                }
+            }
+            None => {
+                let message = "it ended while the daemon did not run".to_owned();
+                driver.vm_ended(&VmEnd { message, console: String::new() }).await;
+            }
+        }
+        Some(driver)
+    }
+
+    /// Works until the sandbox is removed, or nobody can send commands any more.
+    pub async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            tokio::select! {
+                biased;
+                Some(event) = self.events.recv() => self.handle(event).await,
+                Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {}
+                command = commands.recv() => match command {
+                    Some(command) => {
+                        if self.execute(command).await {
+                            return;
+                        }
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// Carries a command out. True: the sandbox is removed.
+    async fn execute(&mut self, command: Command) -> bool {
+        // A reply fails if its client has gone, which is no concern of the sandbox.
+        match command {
+            Command::Stop(reply) => {
+                let result = self.stop().await;
+                let _ = reply.send(result);
+            }
+            Command::Remove(reply) => {
+                let result = self.remove().await;
+                let removed = result.is_ok();
+                let _ = reply.send(result);
+                return removed;
+            }
+            Command::Create(config, reply) => {
+                let result = self.create(*config).await;
+                let created = result.as_ref().ok().cloned();
+                if reply.send(result).is_err()
+                    && let Some(container) = created.and_then(|id| self.containers.get_mut(&id))
+                {
+                    container.delivered = false;
+                }
+            }
+            Command::Start(id, reply) => {
+                let result = self.start_container(&id).await;
+                let _ = reply.send(result);
+            }
+            Command::StopContainer(id, grace, reply) => self.stop_container(&id, grace, reply).await,
+            Command::RemoveContainer(id, reply) => {
+                let result = self.remove_container(&id).await;
+                let _ = reply.send(result);
+            }
+            Command::ReopenLog(id, reply) => {
+                let _ = reply.send(self.reopen_log(&id));
+            }
+            Command::Exec(id, command, limit, reply) => self.exec(&id, command, limit, reply),
+            Command::Stats(reply) => self.stats(reply),
+        }
+        false
+    }
+
+    pub(super) async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Exited(id, end) => self.container_ended(&id, &end).await,
+            Event::GraceOver(id) => self.kill_container(&id).await,
+            Event::KillOverdue(id) => {
+                if let Some(container) = self.containers.get_mut(&id).filter(|container| container.is_running()) {
+                    for reply in container.stop_replies.drain(..) {
+                        let late = SandboxError::Late { what: "the end of a killed container", seconds: 60 };
+                        let _ = reply.send(Err(late)); // The client may have gone.
+                    }
+                }
+            }
+            Event::VmEnded(end) => self.vm_ended(&end).await,
+        }
+    }
+
+    /// Decides whether `request` may be carried out.
+    pub(super) fn admit(&self, subject: &ObjectId, request: Request) -> Result<bool, SandboxError> {
+        match admission::admit(self.record.phase, request) {
+            Admission::Proceed => Ok(true),
+            Admission::Ignore => Ok(false),
+            Admission::Deny(denial) => Err(SandboxError::Denied { subject: subject.short().to_owned(), denial }),
+        }
+    }
+
+    /// The running guest, for what was admitted because it runs.
+    pub(super) fn up(&self) -> Result<&Up, SandboxError> {
+        self.up.as_ref().ok_or(SandboxError::Denied {
+            subject: self.record.id.short().to_owned(),
+            denial: admission::Denial::SandboxNotReady,
+        })
+    }
+
+    /// Makes the sandbox's record durable, then shows it.
+    pub(super) async fn save(&self) -> Result<(), SandboxError> {
+        self.context.store.put_sandbox(&self.record).await?;
+        self.context.index.publish_sandbox(&self.record);
+        Ok(())
+    }
+
+    /// Makes a container's record durable, then shows it.
+    pub(super) async fn save_container(&self, record: &ContainerRecord) -> Result<(), SandboxError> {
+        self.context.store.put_container(record).await?;
+        self.context.index.publish_container(record);
+        Ok(())
+    }
+
+    fn watch_vm(&mut self) {
+        let Some(up) = &self.up else { return };
+        let (vm, sender) = (Arc::clone(&up.vm), self.sender.clone());
+        self.tasks.spawn(async move {
+            let end = vm.ended().await;
+            let _ = sender.send(Event::VmEnded(end)); // The driver ends only with the sandbox or the daemon.
+        });
+    }
+
+    /// Opens the container's log and follows its process.
+    pub(super) fn follow(&mut self, id: &ObjectId) -> Result<(), SandboxError> {
+        let up = self.up()?.clone();
+        let log = self.open_log(id)?;
+        let sender = self.sender.clone();
+        let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
+        let (terminal, id) = (container.record.config.tty, id.clone());
+        container.follower = Some(tokio::spawn(async move {
+            if let Some(end) = monitor::follow(up, id.to_string(), terminal, log).await {
+                let _ = sender.send(Event::Exited(id, end)); // As above.
+            }
+        }));
+        Ok(())
+    }
+
+    /// The container's log, made if it is not there.
+    pub(super) fn open_log(&mut self, id: &ObjectId) -> Result<Arc<ContainerLog>, SandboxError> {
+        let progress = resources::directory(&self.context, &self.record.id).join(format!("{}.progress", id.short()));
+        let container = self.containers.get_mut(id).ok_or(SandboxError::Ended)?;
+        if let Some(log) = &container.log {
+            return Ok(Arc::clone(log));
+        }
+        let log = Arc::new(ContainerLog::open(container.record.log_path.clone(), &progress)?);
+        container.log = Some(Arc::clone(&log));
+        Ok(log)
+    }
+
+    fn stats(&mut self, reply: Reply<StatsResponse>) {
+        let up = match self.up() {
+            Ok(up) => up.clone(),
+            Err(error) => {
+                let _ = reply.send(Err(error)); // The client may have gone.
+                return;
+            }
+        };
+        self.tasks.spawn(async move {
+            let mut client = up.guest.client();
+            let answer = client.stats(StatsRequest { container_ids: Vec::new() });
+            let failed = |source: GuestError| SandboxError::Guest { doing: "cannot read the counters", source };
+            let _ = reply.send(Guest::call("Stats", SHORT, answer).await.map_err(failed)); // As above.
+        });
+    }
+}

@@ -1,0 +1,485 @@
+//! What a driver does to its containers and its VM.
+
+use std::path::Path;
+use std::time::Duration;
+
+use isopod_image_store::Image;
+use isopod_proto::ObjectId;
+use isopod_proto::agent::{
+    self, AttachDiskRequest, DetachDiskRequest, RemoveContainerRequest, ShutdownRequest, SignalRequest,
+    StartContainerRequest, WaitProcessResponse,
+};
+use prost::Message;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::admission::{ContainerPhase, Request};
+use super::driver::{Container, Driver, Event, Reply};
+use super::exec::{self, Outcome};
+use super::{SandboxError, SandboxPhase, now, resources};
+use crate::container::{
+    self, ContainerRecord, ContainerState, Exit, START_FAILED, SpecError, User, create_request, exec_process, reason,
+};
+use crate::cri;
+use crate::grpc::status::chain;
+use crate::guest::{Guest, GuestError, LONG, SHORT};
+use crate::vmm::{self, DiskFile, VmEnd};
+
+const SIGKILL: u32 = 9;
+/// How long a killed container may take to end, with its log.
+const KILL_DEADLINE: Duration = Duration::from_secs(60);
+/// How long all containers of a stopped sandbox may take.
+const STOP_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the guest may take to power off, and then the VMM to end.
+const POWER_OFF_DEADLINE: Duration = Duration::from_secs(10);
+
+fn guest_failed(doing: &'static str) -> impl FnOnce(GuestError) -> SandboxError {
+    move |source| SandboxError::Guest { doing, source }
+}
+
+fn not_found(id: &ObjectId) -> SandboxError {
+    SandboxError::NotFound { what: "container", id: id.to_string() }
+}
+
+impl Driver {
+    // ---- containers
+
+    /// CreateContainer.
+    pub(super) async fn create(&mut self, config: cri::ContainerConfig) -> Result<ObjectId, SandboxError> {
+        self.admit(&self.record.id.clone(), Request::CreateContainer)?;
+        container::check(&config).map_err(SandboxError::Spec)?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        let same = |container: &&mut Container| container.record.config.metadata.as_ref() == Some(&metadata);
+        if let Some(container) = self.containers.values_mut().find(same) {
+            let id = container.record.id.clone();
+            if std::mem::replace(&mut container.delivered, true) {
+                let name = format!("{}_{}", metadata.name, metadata.attempt);
+                return Err(SandboxError::Reserved { what: "container", name, owner: id });
+            }
+            return Ok(id);
+        }
+        let image = self.image(&config).await?;
+        let image_id = image.id.to_string();
+        let id = crate::random_id().map_err(|_| SandboxError::Ended)?;
+        let stop_signal = container::stop_signal(&config, &image.config.stop_signal).map_err(SandboxError::Spec)?;
+        let target = self.pid_target(&config)?;
+        let request =
+            create_request(&id, &config, (&image_id, &image.config), &self.record.hostname(), target.as_ref())
+                .map_err(SandboxError::Spec)?;
+        let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
+
+        self.attach(&image).await?;
+        let mut client = self.up()?.guest.client();
+        let answer = client.create_container(request);
+        let created = Guest::call("CreateContainer", LONG, answer).await;
+        let created = match created {
+            Ok(created) => created,
+            Err(source) => {
+                self.undo_create(&id).await;
+                return Err(SandboxError::Guest { doing: "cannot create the container", source });
+            }
+        };
+        let log_path = log_path(&self.record.config.log_directory, &config.log_path);
+        let record = ContainerRecord {
+            id: id.clone(),
+            sandbox: self.record.id.clone(),
+            config,
+            image_id,
+            layers: image.layers,
+            created_at: now(),
+            state: ContainerState::Created,
+            log_path,
+            stop_signal,
+            user: created.user.map(|user| User {
+                uid: user.uid,
+                gid: user.gid,
+                supplemental_groups: user.supplemental_groups,
+            }),
+            process,
+        };
+        if let Err(error) = self.save_container(&record).await {
+            self.undo_create(&id).await;
+            return Err(error);
+        }
+        self.containers.insert(id.clone(), Container::new(record));
+        Ok(id)
+    }
+
+    async fn undo_create(&mut self, id: &ObjectId) {
+        self.remove_in_guest(id).await;
+        self.detach_unused().await;
+    }
+
+    async fn image(&self, config: &cri::ContainerConfig) -> Result<Image, SandboxError> {
+        let name = config.image.clone().unwrap_or_default().image;
+        let (store, wanted) = (self.context.images.clone(), name.clone());
+        let found = tokio::task::spawn_blocking(move || store.find(&wanted)).await.map_err(|_| SandboxError::Ended)?;
+        found
+            .map_err(|source| SandboxError::Image { image: name.clone(), source })?
+            .ok_or(SandboxError::NotFound { what: "image", id: name })
+    }
+
+    /// The container whose PID namespace is to be joined, by its id or a prefix of it.
+    fn pid_target(&self, config: &cri::ContainerConfig) -> Result<Option<ObjectId>, SandboxError> {
+        let context = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        let options = context.and_then(|context| context.namespace_options.as_ref());
+        let Some(options) = options.filter(|options| options.pid() == cri::NamespaceMode::Target) else {
+            return Ok(None);
+        };
+        let wanted = &options.target_id;
+        let mut matches = self.containers.keys().filter(|id| !wanted.is_empty() && id.as_str().starts_with(wanted));
+        match (matches.next(), matches.next()) {
+            (Some(id), None) => Ok(Some(id.clone())),
+            _ => Err(SandboxError::Spec(SpecError::Invalid {
+                field: "namespace_options.target_id",
+                problem: format!("{:?} is no container of this pod", wanted.chars().take(80).collect::<String>()),
+            })),
+        }
+    }
+
+    /// Plugs the image's disk into the VM and mounts it in the guest, unless it is there.
+    async fn attach(&mut self, image: &Image) -> Result<(), SandboxError> {
+        let id = container::disk_id(&image.id.to_string());
+        if self.disks.contains(&id) {
+            return Ok(());
+        }
+        let up = self.up()?.clone();
+        let (store, image_id) = (self.context.images.clone(), image.id.clone());
+        let disk = tokio::task::spawn_blocking(move || store.disk(&image_id)).await.map_err(|_| SandboxError::Ended)?;
+        let disk = disk.map_err(|source| SandboxError::Image { image: image.id.to_string(), source })?;
+        let files = disk
+            .segments
+            .into_iter()
+            .map(|segment| DiskFile { file: segment.file, offset: segment.offset, length: segment.length })
+            .collect();
+        let plugged = vmm::add_disk(up.vm.directory(), &id, files).await;
+        plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give the image to the VM", source })?;
+        let mut client = up.guest.client();
+        let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), layers: disk.layers });
+        match Guest::call("AttachDisk", LONG, answer).await {
+            Ok(_) => {
+                self.disks.insert(id);
+                Ok(())
+            }
+            Err(source) => {
+                self.unplug(&id).await;
+                Err(SandboxError::Guest { doing: "cannot mount the image in the guest", source })
+            }
+        }
+    }
+
+    /// Takes out the image disks that no container uses any more.
+    async fn detach_unused(&mut self) {
+        let used = |disk: &isopod_proto::DiskId| self.containers.values().any(|container| container.record.disk() == *disk);
+        let unused: Vec<_> = self.disks.iter().filter(|disk| !used(disk)).cloned().collect();
+        for disk in unused {
+            if self.unplug(&disk).await {
+                self.disks.remove(&disk);
+            }
+        }
+    }
+
+    /// Whether the disk is out. One that stays is used again by the next container of its image.
+    async fn unplug(&self, disk: &isopod_proto::DiskId) -> bool {
+        let Ok(up) = self.up() else { return true };
+        let mut client = up.guest.client();
+        let answer = client.detach_disk(DetachDiskRequest { id: disk.to_string() });
+        if let Err(error) = Guest::call("DetachDisk", LONG, answer).await {
+            tracing::warn!(%disk, error = chain(&error), "the guest keeps a disk that is not used");
+            return false;
+        }
+        if let Err(error) = vmm::remove_disk(up.vm.directory(), disk).await {
+            tracing::warn!(%disk, error = chain(&error), "the VM keeps a disk that is not used");
+        }
+        true
+    }
+
+    /// StartContainer.
+    pub(super) async fn start_container(&mut self, id: &ObjectId) -> Result<(), SandboxError> {
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        let phase = ContainerPhase::from(&container.record.state);
+        self.admit(id, Request::StartContainer(phase))?;
+        let result = self.start_process(id).await;
+        let state = match &result {
+            Ok(()) => ContainerState::Running { started_at: now() },
+            Err(error) => ContainerState::Exited(Exit {
+                started_at: 0,
+                finished_at: now(),
+                exit_code: START_FAILED,
+                reason: reason::START_ERROR.to_owned(),
+                message: chain(error),
+            }),
+        };
+        self.set_state(id, state).await?;
+        result?;
+        self.follow(id)
+    }
+
+    async fn start_process(&mut self, id: &ObjectId) -> Result<(), SandboxError> {
+        // The log is there when the call answers, even if the process has no word to say.
+        self.open_log(id)?;
+        let mut client = self.up()?.guest.client();
+        let answer = client.start_container(StartContainerRequest { id: id.to_string() });
+        Guest::call("StartContainer", LONG, answer).await.map(drop).map_err(guest_failed("cannot start the container"))
+    }
+
+    async fn set_state(&mut self, id: &ObjectId, state: ContainerState) -> Result<(), SandboxError> {
+        let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
+        container.record.state = state;
+        let record = container.record.clone();
+        self.save_container(&record).await
+    }
+
+    /// A container's process has ended.
+    pub(super) async fn container_ended(&mut self, id: &ObjectId, end: &WaitProcessResponse) {
+        let Some(container) = self.containers.get(id).filter(|container| container.is_running()) else { return };
+        let exit = container.record.state.ended(end.exit_code, end.oom_killed, end.finished_at_nanos);
+        tracing::info!(container = %id, exit_code = exit.exit_code, reason = exit.reason, "container ended");
+        self.exit(id, exit).await;
+    }
+
+    async fn exit(&mut self, id: &ObjectId, exit: Exit) {
+        if let Err(error) = self.set_state(id, ContainerState::Exited(exit)).await {
+            // Shown all the same: it is true, and a later daemon finds it out again.
+            tracing::error!(container = %id, error = chain(&error), "the end of a container is not kept");
+            if let Some(container) = self.containers.get(id) {
+                self.context.index.publish_container(&container.record);
+            }
+        }
+        if let Some(container) = self.containers.get_mut(id) {
+            container.log = None;
+            for reply in container.stop_replies.drain(..) {
+                let _ = reply.send(Ok(())); // The client may have gone.
+            }
+        }
+    }
+
+    /// StopContainer: asks once, kills after the grace, answers after the end.
+    pub(super) async fn stop_container(&mut self, id: &ObjectId, grace: Duration, reply: Reply<()>) {
+        let Some(container) = self.containers.get_mut(id) else {
+            let _ = reply.send(Err(not_found(id))); // The client may have gone.
+            return;
+        };
+        let phase = ContainerPhase::from(&container.record.state);
+        if phase != ContainerPhase::Running {
+            let _ = reply.send(Ok(())); // As above.
+            return;
+        }
+        container.stop_replies.push(reply);
+        if grace.is_zero() {
+            self.kill_container(id).await;
+            return;
+        }
+        if !std::mem::replace(&mut container.stop_sent, true) {
+            let signal = container.record.stop_signal;
+            self.signal(id, signal, false).await;
+        }
+        self.later(grace, Event::GraceOver(id.clone()));
+    }
+
+    /// Kills every process of the container.
+    pub(super) async fn kill_container(&mut self, id: &ObjectId) {
+        if self.containers.get(id).is_some_and(Container::is_running) {
+            self.signal(id, SIGKILL, true).await;
+            self.later(KILL_DEADLINE, Event::KillOverdue(id.clone()));
+        }
+    }
+
+    fn later(&mut self, delay: Duration, event: Event) {
+        let sender = self.sender.clone();
+        self.tasks.spawn(async move {
+            tokio::time::sleep(delay).await;
+            let _ = sender.send(event); // The driver may end first.
+        });
+    }
+
+    async fn signal(&self, id: &ObjectId, signal: u32, all: bool) {
+        let Ok(up) = self.up() else { return };
+        let mut client = up.guest.client();
+        let answer = client.signal(SignalRequest { process_id: id.to_string(), signal, all });
+        if let Err(error) = Guest::call("Signal", SHORT, answer).await {
+            // It may just have ended. If not, it is killed when its time is up, and its VM with the sandbox.
+            tracing::info!(container = %id, signal, error = chain(&error), "a signal was not sent");
+        }
+    }
+
+    /// RemoveContainer.
+    pub(super) async fn remove_container(&mut self, id: &ObjectId) -> Result<(), SandboxError> {
+        let Some(container) = self.containers.get(id) else { return Ok(()) };
+        if container.is_running() {
+            self.kill_container(id).await;
+            self.until_ended(&[id.clone()], KILL_DEADLINE).await;
+            if self.containers.get(id).is_some_and(Container::is_running) {
+                let seconds = KILL_DEADLINE.as_secs();
+                return Err(SandboxError::Late { what: "the end of a killed container", seconds });
+            }
+        }
+        self.remove_in_guest(id).await;
+        self.context.store.remove_container(id).await?;
+        self.containers.remove(id);
+        self.context.index.remove_container(id);
+        let progress = resources::directory(&self.context, &self.record.id).join(format!("{}.progress", id.short()));
+        let _ = std::fs::remove_file(progress); // There is none if it never ran.
+        self.detach_unused().await;
+        Ok(())
+    }
+
+    async fn remove_in_guest(&self, id: &ObjectId) {
+        let Ok(up) = self.up() else { return };
+        let mut client = up.guest.client();
+        let answer = client.remove_container(RemoveContainerRequest { id: id.to_string() });
+        if let Err(error) = Guest::call("RemoveContainer", LONG, answer).await {
+            tracing::warn!(container = %id, error = chain(&error), "the guest keeps a removed container");
+        }
+    }
+
+    /// ReopenContainerLog.
+    pub(super) fn reopen_log(&mut self, id: &ObjectId) -> Result<(), SandboxError> {
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        self.admit(id, Request::ReopenLog(ContainerPhase::from(&container.record.state)))?;
+        match &container.log {
+            Some(log) => Ok(log.reopen()?),
+            None => self.open_log(id).map(drop),
+        }
+    }
+
+    /// ExecSync, in a task of its own.
+    pub(super) fn exec(&mut self, id: &ObjectId, command: Vec<String>, limit: Option<Duration>, reply: Reply<Outcome>) {
+        match self.exec_command(id, command, limit) {
+            Ok((up, command)) => {
+                self.tasks.spawn(exec::run(up, command, reply));
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error)); // The client may have gone.
+            }
+        }
+    }
+
+    fn exec_command(
+        &self,
+        id: &ObjectId,
+        command: Vec<String>,
+        limit: Option<Duration>,
+    ) -> Result<(super::bring_up::Up, exec::Command), SandboxError> {
+        let record = &self.containers.get(id).ok_or_else(|| not_found(id))?.record;
+        self.admit(id, Request::Exec(ContainerPhase::from(&record.state)))?;
+        // What we wrote ourselves is whole; an empty process would be refused by the agent.
+        let first = agent::Process::decode(record.process.as_slice()).unwrap_or_default();
+        let process = exec_process(&first, command, record.config.tty, false);
+        Ok((self.up()?.clone(), exec::Command { container: id.clone(), process, limit }))
+    }
+
+    // ---- the sandbox
+
+    /// Handles events until none of `ids` runs, or the deadline.
+    async fn until_ended(&mut self, ids: &[ObjectId], deadline: Duration) {
+        let deadline = Instant::now() + deadline;
+        while ids.iter().any(|id| self.containers.get(id).is_some_and(Container::is_running)) {
+            match timeout_at(deadline, self.events.recv()).await {
+                Ok(Some(event)) => Box::pin(self.handle(event)).await,
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
+    /// StopPodSandbox.
+    pub(super) async fn stop(&mut self) -> Result<(), SandboxError> {
+        if self.record.phase == SandboxPhase::Ready {
+            let running: Vec<_> =
+                self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+            for id in &running {
+                self.kill_container(id).await;
+            }
+            self.until_ended(&running, STOP_DEADLINE).await;
+            self.power_off().await;
+            self.vm_ended(&VmEnd { message: "the sandbox was stopped".to_owned(), console: String::new() }).await;
+        }
+        resources::release(&self.context, &self.record).await?;
+        self.record.address = None;
+        self.record.cgroup = None;
+        self.record.vm = None;
+        self.save().await
+    }
+
+    /// Asks the guest to power off, then the VMM to stop; what is left after that is killed when it is released.
+    async fn power_off(&mut self) {
+        let Some(up) = self.up.clone() else { return };
+        let mut client = up.guest.client();
+        tokio::select! {
+            answer = Guest::call("Shutdown", POWER_OFF_DEADLINE, client.shutdown(ShutdownRequest {})) => {
+                if let Err(error) = answer {
+                    tracing::debug!(%error, "the guest did not say that it powers off");
+                }
+            }
+            _ = up.vm.ended() => return,
+        }
+        if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_ok() {
+            return;
+        }
+        tracing::warn!("the guest does not power off; its VM is stopped");
+        if let Err(error) = vmm::stop(up.vm.directory()).await {
+            tracing::warn!(error = chain(&error), "the VM does not stop");
+        } else if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_err() {
+            tracing::warn!("the VM does not stop");
+        }
+    }
+
+    /// The VM has ended, or is to be taken as ended: nothing in it runs.
+    pub(super) async fn vm_ended(&mut self, end: &VmEnd) {
+        if self.record.phase != SandboxPhase::Ready {
+            return;
+        }
+        tracing::info!(reason = end.message, console = end.console, "the sandbox's VM ended");
+        self.up = None;
+        self.disks.clear();
+        let running: Vec<_> =
+            self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+        for id in running {
+            // The streams have ended with the VM, so the log is complete in a moment.
+            if let Some(follower) = self.containers.get_mut(&id).and_then(|container| container.follower.take()) {
+                let abort = follower.abort_handle();
+                if timeout(SHORT, follower).await.is_err() {
+                    abort.abort();
+                }
+            }
+            if let Some(container) = self.containers.get(&id) {
+                let exit = container.record.state.lost(now(), format!("the sandbox's VM ended: {}", end.message));
+                self.exit(&id, exit).await;
+            }
+        }
+        self.record.phase = SandboxPhase::NotReady;
+        if let Err(error) = self.save().await {
+            tracing::error!(error = chain(&error), "the end of a sandbox is not kept");
+            self.context.index.publish_sandbox(&self.record);
+        }
+    }
+
+    /// RemovePodSandbox.
+    pub(super) async fn remove(&mut self) -> Result<(), SandboxError> {
+        self.stop().await?;
+        for id in self.containers.keys() {
+            self.context.store.remove_container(id).await?;
+            self.context.index.remove_container(id);
+        }
+        self.containers.clear();
+        self.context.store.remove_sandbox(&self.record.id).await?;
+        self.context.index.remove_sandbox(&self.record.id);
+        Ok(())
+    }
+}
+
+/// Where a container's log goes; none if either part is not given.
+fn log_path(directory: &str, path: &str) -> Option<std::path::PathBuf> {
+    (!directory.is_empty() && !path.is_empty()).then(|| Path::new(directory).join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_needs_a_directory_and_a_name() {
+        assert_eq!(log_path("/var/log/pods/x", "c/0.log"), Some("/var/log/pods/x/c/0.log".into()));
+        assert_eq!(log_path("", "c/0.log"), None);
+        assert_eq!(log_path("/var/log/pods/x", ""), None);
+    }
+}

@@ -1,0 +1,192 @@
+//! The client of the VMM's control socket.
+//!
+//! Each request has a connection of its own, so that there is none to repair. The calls block, on a thread of their own.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use isopod_proto::vmm::control_reply::Reply;
+use isopod_proto::vmm::control_request::Request;
+use isopod_proto::vmm::{
+    AddDisk, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop,
+};
+use isopod_proto::{DiskId, ErrorKind, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+use super::{CONTROL_SOCKET, VmmError};
+
+/// How long the VMM may take to answer.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// SCM_MAX_FD of the kernel: most descriptors of one message.
+const MAX_DESCRIPTORS: usize = 253;
+
+/// A part of a disk.
+#[derive(Debug)]
+pub struct DiskFile {
+    /// The file.
+    pub file: File,
+    /// Where in the file the part begins; a multiple of 512.
+    pub offset: u64,
+    /// Its bytes; a multiple of 512.
+    pub length: u64,
+}
+
+/// Plugs a read-only disk into the VM whose directory is `directory`.
+pub async fn add_disk(directory: &Path, id: &DiskId, files: Vec<DiskFile>) -> Result<(), VmmError> {
+    if files.len() > MAX_DESCRIPTORS {
+        let message = format!("{} segments are more than the {MAX_DESCRIPTORS} a message can carry", files.len());
+        return Err(VmmError::Refused { doing: "add a disk", kind: ErrorKind::InvalidArgument, message });
+    }
+    let segments = files
+        .iter()
+        .enumerate()
+        .map(|(index, part)| Segment { fd: index as i32, offset: part.offset, length: part.length })
+        .collect();
+    let disk = Disk { id: id.as_str().to_owned(), readonly: true, segments };
+    let files = files.into_iter().map(|part| part.file).collect();
+    done("add a disk", directory, Request::AddDisk(AddDisk { disk: Some(disk) }), files).await
+}
+
+/// Takes a disk out of the VM. The guest must have let go of it.
+pub async fn remove_disk(directory: &Path, id: &DiskId) -> Result<(), VmmError> {
+    let request = Request::RemoveDisk(RemoveDisk { id: id.as_str().to_owned() });
+    done("remove a disk", directory, request, Vec::new()).await
+}
+
+/// Stops the VM at once.
+pub async fn stop(directory: &Path) -> Result<(), VmmError> {
+    done("stop", directory, Request::Stop(Stop {}), Vec::new()).await
+}
+
+/// The newest bytes of the guest's console.
+pub async fn console(directory: &Path) -> Result<Vec<u8>, VmmError> {
+    match ask("read the console", directory, Request::Console(Console {}), Vec::new()).await? {
+        Reply::Console(contents) => Ok(contents.bytes),
+        other => Err(unexpected("read the console", &other)),
+    }
+}
+
+async fn done(doing: &'static str, directory: &Path, request: Request, files: Vec<File>) -> Result<(), VmmError> {
+    match ask(doing, directory, request, files).await? {
+        Reply::Done(_) => Ok(()),
+        other => Err(unexpected(doing, &other)),
+    }
+}
+
+fn unexpected(doing: &'static str, reply: &Reply) -> VmmError {
+    match reply {
+        Reply::Error(error) => {
+            let message = error.message.chars().take(1000).collect();
+            VmmError::Refused { doing, kind: ErrorKind::from_code(error.kind), message }
+        }
+        Reply::Done(_) | Reply::Info(_) | Reply::Console(_) => VmmError::Refused {
+            doing,
+            kind: ErrorKind::Internal,
+            message: "it answered another question".to_owned(),
+        },
+    }
+}
+
+async fn ask(doing: &'static str, directory: &Path, request: Request, files: Vec<File>) -> Result<Reply, VmmError> {
+    let path = directory.join(CONTROL_SOCKET);
+    let socket = path.clone();
+    let work = move || exchange(&socket, &ControlRequest { request: Some(request) }, &files);
+    let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+    let reply = result.map_err(|source| VmmError::Control { doing, path: path.clone(), source })?;
+    let nothing = || VmmError::Control { doing, path, source: io::Error::other("the reply is empty") };
+    reply.reply.ok_or_else(nothing)
+}
+
+fn exchange(path: &PathBuf, request: &ControlRequest, files: &[File]) -> io::Result<ControlReply> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.set_write_timeout(Some(DEADLINE))?;
+    let frame = encode_frame(request);
+    let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    let sent = sendmsg(&stream, &[IoSlice::new(&frame)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    stream.write_all(&frame[sent..])?;
+
+    let mut reply = vec![0; 4];
+    stream.read_exact(&mut reply)?;
+    let length = u32::from_le_bytes([reply[0], reply[1], reply[2], reply[3]]) as usize;
+    if length > MAX_CONTROL_MESSAGE {
+        return Err(io::Error::other(format!("a reply of {length} bytes is too long")));
+    }
+    reply.resize(4 + length, 0);
+    stream.read_exact(&mut reply[4..])?;
+    let decoded = decode_frame(&reply, MAX_CONTROL_MESSAGE).map_err(io::Error::other)?;
+    Ok(decoded.expect("the reply was read whole").0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use isopod_proto::vmm::ControlError;
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+    use super::*;
+
+    /// A VMM that answers one request with `reply`; gives the request and the number of descriptors it came with.
+    fn fake_vmm(directory: &Path, reply: Reply) -> std::thread::JoinHandle<(ControlRequest, usize)> {
+        let listener = UnixListener::bind(directory.join(CONTROL_SOCKET)).expect("bound");
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let mut bytes = vec![0; 4096];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let got =
+                recvmsg(&stream, &mut [io::IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::empty()).expect("read");
+            let mut count = 0;
+            for message in ancillary.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    count += descriptors.count();
+                }
+            }
+            let (request, _) =
+                decode_frame(&bytes[..got.bytes], MAX_CONTROL_MESSAGE).expect("a frame").expect("whole at once");
+            stream.write_all(&encode_frame(&ControlReply { reply: Some(reply) })).expect("written");
+            (request, count)
+        })
+    }
+
+    #[tokio::test]
+    async fn a_disk_travels_with_its_descriptors() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let vmm = fake_vmm(directory.path(), Reply::Done(isopod_proto::vmm::Done {}));
+        let part = |offset| DiskFile { file: tempfile::tempfile().expect("a file"), offset, length: 512 };
+        let id = DiskId::parse("img-0123456789abcdef").expect("an id");
+        add_disk(directory.path(), &id, vec![part(0), part(512)]).await.expect("done");
+        let (request, descriptors) = vmm.join().expect("no panic");
+        let Some(Request::AddDisk(AddDisk { disk: Some(disk) })) = request.request else { panic!("an AddDisk") };
+        assert_eq!((descriptors, disk.segments.len(), disk.segments[1].fd), (2, 2, 1));
+        assert!(disk.readonly);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_keeps_its_kind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let error = ControlError { kind: ErrorKind::NotFound.code(), message: "no such disk".into() };
+        let vmm = fake_vmm(directory.path(), Reply::Error(error));
+        let id = DiskId::parse("x").expect("an id");
+        let error = remove_disk(directory.path(), &id).await.expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        vmm.join().expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_is_gone_is_unavailable() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(stop(directory.path()).await.expect_err("no socket").kind(), ErrorKind::Unavailable);
+    }
+}

@@ -1,0 +1,353 @@
+//! The VMM process itself.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use command_fds::{CommandFdExt, FdMapping};
+use isopod_proto::vmm::vm_exit::Reason;
+use isopod_proto::vmm::{Disk, NetworkInterface, Segment, VmConfig, VmExit};
+use isopod_proto::{CONSOLE_RING_BYTES, decode_frame};
+use prost::Message;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::{CONTROL_SOCKET, VSOCK_SOCKET, VmEnd, VmIdentity, VmmError, console_tail};
+use crate::cgroup;
+
+/// Largest exit record that is read.
+const MAX_EXIT: usize = CONSOLE_RING_BYTES + 64 * 1024;
+/// Lines of the console that a message shows.
+const CONSOLE_LINES: usize = 30;
+
+/// What a VMM is started with.
+pub struct VmSpec {
+    /// The `isopod-vmm` program.
+    pub binary: PathBuf,
+    /// The VM's own directory: exists, and only root can look into it.
+    pub directory: PathBuf,
+    /// The VM's cgroup: exists.
+    pub cgroup: PathBuf,
+    /// 1 to 64.
+    pub vcpus: u32,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// The guest kernel.
+    pub kernel: File,
+    /// The guest's initramfs.
+    pub initramfs: File,
+    /// Writable disks.
+    pub disks: Vec<BootDisk>,
+    /// The open tap, its guest's MAC address, and its MTU.
+    pub interface: (OwnedFd, [u8; 6], u32),
+    /// All kernel messages go to the console.
+    pub verbose_console: bool,
+}
+
+/// A disk that is there from the start.
+pub struct BootDisk {
+    /// Its id.
+    pub id: &'static str,
+    /// Its contents.
+    pub file: File,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// A VMM process that runs, or did.
+pub struct Vm {
+    identity: VmIdentity,
+    directory: PathBuf,
+    pidfd: Arc<OwnedFd>,
+    ended: watch::Receiver<Option<Arc<VmEnd>>>,
+}
+
+/// Collects the descriptors a VMM inherits and the numbers they have there.
+#[derive(Default)]
+struct Inherited(Vec<FdMapping>);
+
+impl Inherited {
+    fn add(&mut self, fd: OwnedFd) -> i32 {
+        let child_fd = 3 + self.0.len() as i32;
+        self.0.push(FdMapping { parent_fd: fd, child_fd });
+        child_fd
+    }
+}
+
+impl Vm {
+    /// Makes the two sockets in `directory`. Connections to them wait until the VMM runs.
+    pub fn listen(directory: &Path) -> Result<(UnixListener, UnixListener), VmmError> {
+        let bind = |name: &str| {
+            let path = directory.join(name);
+            UnixListener::bind(&path).map_err(|source| VmmError::File { doing: "listen on", path, source })
+        };
+        Ok((bind(CONTROL_SOCKET)?, bind(VSOCK_SOCKET)?))
+    }
+
+    /// Starts a VMM on the sockets of [`Vm::listen`].
+    pub fn spawn(spec: VmSpec, sockets: (UnixListener, UnixListener)) -> Result<Self, VmmError> {
+        let file = |name: &str| {
+            let path = spec.directory.join(name);
+            File::create(&path).map_err(|source| VmmError::File { doing: "make", path, source })
+        };
+        let (exit, log) = (file("exit")?, file("vmm.log")?);
+        let failed = |source: io::Error| VmmError::Spawn { binary: spec.binary.clone(), source };
+        let log_again = log.try_clone().map_err(failed)?;
+        let (config_read, config_write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|error| failed(error.into()))?;
+
+        let mut inherited = Inherited::default();
+        let config_fd = inherited.add(config_read);
+        let (tap, mac, mtu) = spec.interface;
+        let config = VmConfig {
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            kernel_fd: inherited.add(spec.kernel.into()),
+            initramfs_fd: inherited.add(spec.initramfs.into()),
+            cmdline: String::new(),
+            control_fd: inherited.add(sockets.0.into()),
+            vsock_fd: inherited.add(sockets.1.into()),
+            // Connections come and go through the Unix socket, so VMs may share a context id.
+            guest_cid: 3,
+            disks: spec
+                .disks
+                .into_iter()
+                .map(|disk| Disk {
+                    id: disk.id.to_owned(),
+                    readonly: false,
+                    segments: vec![Segment { fd: inherited.add(disk.file.into()), offset: 0, length: disk.length }],
+                })
+                .collect(),
+            interfaces: vec![NetworkInterface { tap_fd: inherited.add(tap), mac: mac.to_vec(), mtu }],
+            exit_fd: inherited.add(exit.into()),
+            verbose_console: spec.verbose_console,
+        };
+        let mut command = Command::new(&spec.binary);
+        command
+            .arg("--config-fd")
+            .arg(config_fd.to_string())
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(log_again)
+            .process_group(0)
+            .fd_mappings(inherited.0)
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let child = command.spawn().map_err(failed)?;
+        // The command holds our copies of the descriptors; the VMM's must be the only ones.
+        drop(command);
+        let started = Started { child: Some(child) };
+        started.configure(&spec.directory, &spec.cgroup, config_write, &config)
+    }
+
+    /// The process that `identity` names, if it still runs; it was started by an earlier daemon.
+    pub fn find(identity: VmIdentity, directory: &Path) -> Result<Self, VmmError> {
+        let gone = VmmError::Gone { pid: identity.pid };
+        let Ok(pidfd) = open_pidfd(identity.pid) else { return Err(gone) };
+        // Looked at after the pidfd was opened: the pid cannot have been used again in between.
+        match start_time(identity.pid) {
+            Ok(start_time) if start_time == identity.start_time => Self::watch(identity, directory, pidfd, None),
+            _ => Err(gone),
+        }
+    }
+
+    fn watch(
+        identity: VmIdentity,
+        directory: &Path,
+        pidfd: OwnedFd,
+        child: Option<Child>,
+    ) -> Result<Self, VmmError> {
+        let failed = |source| VmmError::Process { doing: "watch", pid: identity.pid, source };
+        let watched = pidfd.try_clone().map_err(failed)?;
+        let watched = AsyncFd::with_interest(watched, Interest::READABLE).map_err(failed)?;
+        let (sender, ended) = watch::channel(None);
+        let exit = directory.join("exit");
+        // Ends with the process; it is the one place that reaps a child of this daemon.
+        tokio::spawn(async move {
+            if let Err(error) = watched.readable().await {
+                tracing::error!(pid = identity.pid, %error, "cannot watch the VMM process");
+                return;
+            }
+            let status = child.map(|mut child| child.wait());
+            let end = read_end(&exit, status.and_then(Result::ok).map(|status| status.to_string()));
+            // Nobody may be interested any more.
+            let _ = sender.send(Some(Arc::new(end)));
+        });
+        Ok(Self { identity, directory: directory.into(), pidfd: Arc::new(pidfd), ended })
+    }
+
+    /// How to find it again.
+    pub fn identity(&self) -> VmIdentity {
+        self.identity
+    }
+
+    /// Its directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Waits until it has ended. Cancel safe.
+    pub async fn ended(&self) -> Arc<VmEnd> {
+        let mut ended = self.ended.clone();
+        let end = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+        end.unwrap_or_else(|| {
+            Arc::new(VmEnd { message: "its watcher failed".to_owned(), console: String::new() })
+        })
+    }
+
+    /// How it ended, if it has.
+    pub fn end(&self) -> Option<Arc<VmEnd>> {
+        self.ended.borrow().clone()
+    }
+
+    /// Kills the process.
+    pub fn kill(&self) {
+        // ESRCH, the only error there can be, says that it has ended.
+        let _ = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);
+    }
+}
+
+/// A child that is killed unless it becomes a [`Vm`].
+struct Started {
+    child: Option<Child>,
+}
+
+impl Started {
+    fn configure(
+        mut self,
+        directory: &Path,
+        cgroup: &Path,
+        config_write: OwnedFd,
+        config: &VmConfig,
+    ) -> Result<Vm, VmmError> {
+        let pid = self.child.as_ref().expect("it was just started").id() as i32;
+        let failed = |doing| move |source| VmmError::Process { doing, pid, source };
+        // It waits for its configuration, so it uses no memory before it is in its cgroup.
+        cgroup::enter(cgroup, pid).map_err(|error| VmmError::Host { problem: crate::grpc::status::chain(&error) })?;
+        let pidfd = open_pidfd(pid).map_err(failed("open a pidfd of"))?;
+        let start_time = start_time(pid).map_err(failed("look at"))?;
+        File::from(config_write).write_all(&config.encode_to_vec()).map_err(failed("configure"))?;
+        Vm::watch(VmIdentity { pid, start_time }, directory, pidfd, self.child.take())
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It fails only if the process has ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("not a pid"))?;
+    Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+}
+
+fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_start_time(&stat).ok_or_else(|| io::Error::other("an unexpected /proc/pid/stat"))
+}
+
+/// Field 22 of `stat`; field 2, the name, is in parentheses and may hold anything (proc(5)).
+fn parse_start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn read_end(path: &Path, status: Option<String>) -> VmEnd {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_EXIT as u64).read_to_end(&mut bytes));
+    match read.map(|_| decode_frame::<VmExit>(&bytes, MAX_EXIT)) {
+        Ok(Ok(Some((exit, _)))) => {
+            let reason = match exit.reason() {
+                Reason::Stopped => "it was told to stop",
+                Reason::GuestPowerOff => "the guest powered off",
+                Reason::GuestCrash => "the guest crashed",
+                Reason::BadConfig => "its configuration cannot be run",
+                Reason::KvmUnusable => "KVM cannot be used",
+                Reason::Internal => "it failed",
+            };
+            let separator = if exit.message.is_empty() { "" } else { ": " };
+            let message: String = exit.message.chars().take(2000).collect();
+            VmEnd {
+                message: format!("{reason}{separator}{message}"),
+                console: console_tail(&exit.console, CONSOLE_LINES),
+            }
+        }
+        _ => {
+            let status = status.unwrap_or_else(|| "its status is unknown".to_owned());
+            let log = std::fs::read(path.with_file_name("vmm.log")).unwrap_or_default();
+            VmEnd { message: format!("it left no exit record; {status}"), console: console_tail(&log, CONSOLE_LINES) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use isopod_proto::encode_frame;
+
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_any_process_name() {
+        let fields: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
+        let stat = format!("17 (a) b (c) S) {}", fields.join(" "));
+        assert_eq!(parse_start_time(&stat), Some(22));
+        assert_eq!(parse_start_time("17 (x"), None);
+    }
+
+    #[test]
+    fn an_exit_record_is_told_in_words_with_the_console() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("exit");
+        let exit = VmExit {
+            reason: Reason::GuestCrash.into(),
+            message: "triple fault".into(),
+            console: b"Kernel panic - not syncing\r\n".to_vec(),
+        };
+        std::fs::write(&path, encode_frame(&exit)).expect("written");
+        let end = read_end(&path, None);
+        assert_eq!(end.message, "the guest crashed: triple fault");
+        assert_eq!(end.console, "Kernel panic - not syncing");
+    }
+
+    #[test]
+    fn a_vmm_without_an_exit_record_is_told_by_its_status_and_log() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::write(directory.path().join("vmm.log"), "oh no\n").expect("written");
+        std::fs::write(directory.path().join("exit"), b"\xff\xff\xff\xffrubbish").expect("written");
+        let end = read_end(&directory.path().join("exit"), Some("signal: 9 (SIGKILL)".into()));
+        assert_eq!((end.message.as_str(), end.console.as_str()), ("it left no exit record; signal: 9 (SIGKILL)", "oh no"));
+    }
+
+    #[tokio::test]
+    async fn a_process_that_is_found_by_its_identity_is_seen_to_end() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut child = Command::new("sleep").arg("60").spawn().expect("started");
+        let pid = child.id() as i32;
+        let identity = VmIdentity { pid, start_time: start_time(pid).expect("it runs") };
+        let vm = Vm::find(identity, directory.path()).expect("it runs");
+        assert!(vm.end().is_none());
+        vm.kill();
+        let status = child.wait().expect("reaped");
+        assert!(!status.success());
+        assert!(vm.ended().await.message.contains("no exit record"));
+    }
+
+    #[tokio::test]
+    async fn another_process_with_the_same_pid_is_not_taken_for_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let identity = VmIdentity { pid: std::process::id() as i32, start_time: 1 };
+        assert!(matches!(Vm::find(identity, directory.path()), Err(VmmError::Gone { .. })));
+    }
+}
