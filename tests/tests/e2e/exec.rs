@@ -19,7 +19,7 @@ async fn output_and_exit_code_are_those_of_the_command() -> anyhow::Result<()> {
     assert_eq!(container.exec(&["cat"]).await?.code, 0);
     let missing = container.exec(&["/no/such/command"]).await;
     assert!(missing.as_ref().is_err_and(|status| status.message().contains("/no/such/command")), "{missing:?}");
-    assert_eq!(container.sh("cat /proc/1/comm").await.is_ok(), true);
+    assert!(container.sh("cat /proc/1/comm").await.is_ok());
     pod.remove().await?;
     Ok(())
 }
