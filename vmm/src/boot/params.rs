@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(({ header.ramdisk_image }, { header.ramdisk_size }), (0x200_0000, 0x1234));
         assert_eq!({ params.acpi_rsdp_addr }, layout::ACPI_TABLES);
         let mut line = [0xff; 6];
-        memory.read_slice(&mut line, GuestAddress(u64::from({ header.cmd_line_ptr }))).expect("in memory");
+        memory.read_slice(&mut line, GuestAddress(u64::from(header.cmd_line_ptr))).expect("in memory");
         assert_eq!(&line, b"quiet\0");
     }
 

@@ -55,11 +55,6 @@ impl Msix {
         Self { vectors: vec![vector; count.into()], control: 0, backend }
     }
 
-    /// Whether `vector` is one of the table's.
-    pub fn has(&self, vector: u16) -> bool {
-        usize::from(vector) < self.vectors.len()
-    }
-
     /// The message control register as the guest wrote it (6.8.2.3).
     pub fn set_control(&mut self, control: u16) {
         self.control = control;
@@ -79,15 +74,6 @@ impl Msix {
             return Ok(());
         }
         self.backend.fire(vector)
-    }
-
-    /// Masks everything again and turns MSI-X off, as a reset of the function does.
-    pub fn reset(&mut self) {
-        self.control = 0;
-        for vector in &mut self.vectors {
-            vector.control = VECTOR_MASKED;
-            vector.pending = false;
-        }
     }
 
     fn deliverable(&self, index: usize) -> bool {
