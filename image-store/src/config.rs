@@ -88,7 +88,7 @@ pub struct Limits {
     pub max_layers: usize,
     /// Bytes of a layer's tar stream after decompression, and of the file data it describes (holes included).
     pub max_layer_bytes: u64,
-    /// How many times as large as its compressed bytes a layer may be; the first 64 MiB are free.
+    /// How many times as large as its compressed bytes a layer may be; the first 16 MiB are free.
     pub max_inflate_ratio: u64,
     /// Entries of a layer's tar.
     pub max_entries: u64,

@@ -264,7 +264,14 @@ impl Pull<'_> {
             Err(error) => {
                 drop(sink);
                 let _ = result.await;
-                return Err(self.fetch_error(&format!("layer {}", blob.digest), error));
+                let what = format!("layer {}", blob.digest);
+                return Err(match error {
+                    FetchError::TooLarge(size) => PullError::Malformed {
+                        reference: self.name.to_string(),
+                        problem: format!("{what} is longer than the {size} bytes its manifest says"),
+                    },
+                    error => self.fetch_error(&what, error),
+                });
             }
         }
         result.await.unwrap_or(Err(LayerError::Thread { problem: "died" })).map_err(failed)

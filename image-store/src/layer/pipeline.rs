@@ -25,7 +25,7 @@ const BLOB_QUEUE: usize = 32;
 const CHUNK: usize = 256 << 10;
 const CHUNK_QUEUE: usize = 4;
 /// Layers below this size may be of any ratio.
-const RATIO_FREE: u64 = 64 << 20;
+const RATIO_FREE: u64 = 16 << 20;
 
 /// A layer to be made. `keep` is dropped when the threads are done with it, whatever came out.
 pub(crate) struct LayerJob<K> {
