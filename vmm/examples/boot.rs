@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, Console, ControlReply, ControlRequest, Disk, Info, NetworkInterface, Segment, Stop, VmConfig, VmExit, VmInfo,
+    AddDisk, Console, ControlReply, ControlRequest, Disk, Info, NetworkInterface, Segment, Stop, VmConfig, VmExit,
+    VmInfo,
 };
 use isopod_proto::{HELLO_PORT, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
 use prost::Message;
@@ -111,7 +112,8 @@ fn main() -> Outcome<()> {
         }
     }
     let mut shown = 0;
-    while (options.keep || hello.is_none()) && vmm.child.try_wait()?.is_none() && vmm.started.elapsed() < options.limit {
+    while (options.keep || hello.is_none()) && vmm.child.try_wait()?.is_none() && vmm.started.elapsed() < options.limit
+    {
         show_console(&vmm, &mut shown);
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -229,8 +231,7 @@ fn info(vmm: &Vmm) -> Outcome<VmInfo> {
 fn add_disk(vmm: &Vmm, path: &PathBuf) -> Outcome<()> {
     let file = File::open(path)?;
     let length = file.metadata()?.len() / 512 * 512;
-    let disk =
-        Disk { id: "added".into(), readonly: true, segments: vec![Segment { fd: 0, offset: 0, length }] };
+    let disk = Disk { id: "added".into(), readonly: true, segments: vec![Segment { fd: 0, offset: 0, length }] };
     call(vmm, Request::AddDisk(AddDisk { disk: Some(disk) }), &[file]).map(drop)
 }
 

@@ -30,10 +30,8 @@ pub fn serve(machine: &mut Machine, listener: &UnixListener, signals: &OwnedFd) 
     let mut connections: Vec<Connection> = vec![];
     loop {
         let (fixed, ready) = wait(machine, listener, signals, &connections)?;
-        if fixed[0] {
-            if let Some(exit) = machine.vcpus().exit() {
-                return Ok(exit);
-            }
+        if let Some(exit) = machine.vcpus().exit().filter(|_| fixed[0]) {
+            return Ok(exit);
         }
         if fixed[1] {
             return Ok(Exit::new(Reason::Stopped, "stopped by a signal"));
@@ -41,7 +39,8 @@ pub fn serve(machine: &mut Machine, listener: &UnixListener, signals: &OwnedFd) 
         let mut ready = ready.into_iter();
         let mut stop = false;
         connections.retain_mut(|connection| {
-            !ready.next().unwrap_or(false) || connection.serve(|request, files| answer(machine, request, files, &mut stop))
+            !ready.next().unwrap_or(false)
+                || connection.serve(|request, files| answer(machine, request, files, &mut stop))
         });
         if stop {
             return Ok(Exit::new(Reason::Stopped, "stopped by request"));
@@ -66,7 +65,9 @@ fn wait(
         PollFd::new(signals, PollFlags::IN),
         PollFd::new(listener, accepting),
     ];
-    fds.extend(connections.iter().map(|connection| PollFd::from_borrowed_fd(connection.as_fd(), connection.interest())));
+    fds.extend(
+        connections.iter().map(|connection| PollFd::from_borrowed_fd(connection.as_fd(), connection.interest())),
+    );
     loop {
         match poll(&mut fds, None) {
             Ok(_) => break,
@@ -107,7 +108,8 @@ fn answer(
             Ok(Reply::Done(Done {}))
         }
     };
-    let reply = reply.unwrap_or_else(|Failure(kind, message)| Reply::Error(ControlError { kind: kind.code(), message }));
+    let reply =
+        reply.unwrap_or_else(|Failure(kind, message)| Reply::Error(ControlError { kind: kind.code(), message }));
     ControlReply { reply: Some(reply) }
 }
 

@@ -50,8 +50,8 @@ impl IoBus {
             }
             layout::SLEEP_CONTROL_PORT => {
                 let value = *data.first()?;
-                let off = value & SLEEP_ENABLE != 0
-                    && (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK == layout::SLEEP_TYPE_S5;
+                let off =
+                    value & SLEEP_ENABLE != 0 && (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK == layout::SLEEP_TYPE_S5;
                 off.then(|| Exit::new(Reason::GuestPowerOff, "the guest powered itself off"))
             }
             layout::RESET_PORT => (data.first() == Some(&layout::RESET_VALUE))

@@ -23,7 +23,9 @@ const NEEDED: [(Cap, &str); 9] = [
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// No `/dev/kvm`.
-    #[error("/dev/kvm does not exist: is the kvm_intel or kvm_amd module loaded, and virtualization on in the firmware?")]
+    #[error(
+        "/dev/kvm does not exist: is the kvm_intel or kvm_amd module loaded, and virtualization on in the firmware?"
+    )]
     Absent(#[source] io::Error),
     /// `/dev/kvm` is there but may not be opened.
     #[error("/dev/kvm cannot be opened by this user")]

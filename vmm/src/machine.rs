@@ -263,8 +263,7 @@ impl FunctionBuilder {
         let slot = bus.free_slot().map_err(|error| MachineError::Bus(device.name(), error))?;
         let vectors = Box::new(KvmVectors::new(Arc::clone(&self.routes)));
         let notifications = Box::new(KvmNotifications(Arc::clone(&self.vm)));
-        let function =
-            VirtioFunction::new(device, self.memory.clone(), slot.initial_bar(), vectors, notifications);
+        let function = VirtioFunction::new(device, self.memory.clone(), slot.initial_bar(), vectors, notifications);
         bus.insert(slot, Box::new(function));
         Ok(slot)
     }

@@ -62,8 +62,7 @@ fn supervise(config: Config, console: ConsoleRing) -> Result<Exit, Exit> {
     let internal = |error: std::io::Error| Exit::from_error(Reason::Internal, &error);
     let signals = sys::termination_signals().map_err(internal)?;
     let listener = config.control.try_clone().map_err(internal)?;
-    let mut machine =
-        Machine::start(config, console).map_err(|error| Exit::from_error(error.reason(), &error))?;
+    let mut machine = Machine::start(config, console).map_err(|error| Exit::from_error(error.reason(), &error))?;
     let exit = control::serve(&mut machine, &listener, &signals).map_err(internal);
     machine.stop();
     exit

@@ -94,13 +94,8 @@ impl VcpuSet {
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|source| VcpuError::SetUp("eventfd", source.into()))?;
         let gate = Gate { wanted: Wanted::Run, paused: 0, exit: None };
-        let shared = Arc::new(Shared {
-            gate: Mutex::new(gate),
-            changed: Condvar::new(),
-            exits: AtomicU64::new(0),
-            bus,
-            ended,
-        });
+        let shared =
+            Arc::new(Shared { gate: Mutex::new(gate), changed: Condvar::new(), exits: AtomicU64::new(0), bus, ended });
         let mut set = Self { shared, threads: vec![] };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::clone(&set.shared);
@@ -280,17 +275,24 @@ impl Runner {
             Ok(VcpuExit::IoOut(port, data)) => return bus.port_out(port, data).map_or(Next::Enter, Next::End),
             Ok(VcpuExit::MmioRead(address, data)) => bus.memory_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.memory_write(address, data),
-            Ok(VcpuExit::Shutdown) => return Next::End(Exit::new(Reason::GuestCrash, "triple fault: the guest crashed or reset")),
+            Ok(VcpuExit::Shutdown) => {
+                return Next::End(Exit::new(Reason::GuestCrash, "triple fault: the guest crashed or reset"));
+            }
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                 return Next::End(Exit::new(Reason::GuestPowerOff, "the guest powered itself off"));
             }
             Ok(VcpuExit::SystemEvent(event, _)) => {
-                return Next::End(Exit::new(Reason::GuestCrash, format!("the guest crashed (KVM system event {event})")));
+                return Next::End(Exit::new(
+                    Reason::GuestCrash,
+                    format!("the guest crashed (KVM system event {event})"),
+                ));
             }
             // With the local APIC in KVM, HLT waits there; without an interrupt to come it returns only for a kick.
             Ok(VcpuExit::Intr | VcpuExit::Hlt) => {}
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                return Next::Broken(format!("the hardware refuses to enter the guest on CPU {cpu}, reason {reason:#x}"));
+                return Next::Broken(format!(
+                    "the hardware refuses to enter the guest on CPU {cpu}, reason {reason:#x}"
+                ));
             }
             Ok(VcpuExit::InternalError) => return Next::Broken("KVM cannot emulate what the guest does".into()),
             Ok(other) => return Next::Broken(format!("unexpected exit {other:?}")),

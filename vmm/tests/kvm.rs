@@ -165,7 +165,11 @@ fn kvm_a_kernel_that_is_none_is_a_bad_configuration() {
     let mut vm = Vm::start(&Guest { kernel: Some(b"#!/bin/sh\n".to_vec()), ..Guest::default() });
     let exit = vm.exit();
     assert_eq!((exit.reason(), vm.status()), (Reason::BadConfig, Some(12)));
-    assert!(exit.message.contains("the kernel cannot be loaded: it is not an uncompressed x86-64 ELF kernel"), "{}", exit.message);
+    assert!(
+        exit.message.contains("the kernel cannot be loaded: it is not an uncompressed x86-64 ELF kernel"),
+        "{}",
+        exit.message
+    );
 }
 
 #[test]

@@ -112,7 +112,8 @@ impl Vm {
         };
         let (reader, mut writer) = std::io::pipe().expect("a pipe");
         let fd = inherit(reader.into()).to_string();
-        let child = Command::new(env!("CARGO_BIN_EXE_isopod-vmm")).args(["--config-fd", &fd]).spawn().expect("it starts");
+        let child =
+            Command::new(env!("CARGO_BIN_EXE_isopod-vmm")).args(["--config-fd", &fd]).spawn().expect("it starts");
         writer.write_all(&config.encode_to_vec()).expect("it reads");
         Self { child, record, folder, status: None }
     }

@@ -107,10 +107,8 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | u64::from(segment.s) << 4
         | u64::from(segment.dpl) << 5
         | u64::from(segment.present) << 7;
-    let flags = u64::from(segment.avl)
-        | u64::from(segment.l) << 1
-        | u64::from(segment.db) << 2
-        | u64::from(segment.g) << 3;
+    let flags =
+        u64::from(segment.avl) | u64::from(segment.l) << 1 | u64::from(segment.db) << 2 | u64::from(segment.g) << 3;
     (limit & 0xffff) | access << 40 | (limit >> 16) << 48 | flags << 52
 }
 

@@ -41,7 +41,9 @@ pub enum ImageError {
     #[error("it is empty")]
     Empty,
     /// No room beside the kernel.
-    #[error("its {length} bytes do not fit between the kernel's end at {kernel_end:#x} and the memory's end at {memory:#x}")]
+    #[error(
+        "its {length} bytes do not fit between the kernel's end at {kernel_end:#x} and the memory's end at {memory:#x}"
+    )]
     NoRoom {
         /// Its size.
         length: u64,
@@ -68,6 +70,7 @@ impl ImageError {
 }
 
 /// A kernel in guest memory.
+#[derive(Debug)]
 pub struct LoadedKernel {
     /// Where to enter it in 64-bit mode.
     pub entry: GuestAddress,
@@ -84,8 +87,8 @@ pub fn load_kernel(memory: &GuestMemory, file: &File) -> Result<LoadedKernel, Im
     }
     let low_end = memory::low_end(memory);
     let mut reader = PositionedReader { file, position: 0 };
-    let loaded = Elf::load(memory, None, &mut reader, None)
-        .map_err(|source| ImageError::Elf { memory: low_end, source })?;
+    let loaded =
+        Elf::load(memory, None, &mut reader, None).map_err(|source| ImageError::Elf { memory: low_end, source })?;
     let entry = loaded.kernel_load;
     if entry.0 < layout::HIGH_RAM || entry.0 >= loaded.kernel_end || loaded.kernel_end > low_end {
         return Err(ImageError::Entry(entry.0));
@@ -172,7 +175,7 @@ mod tests {
     fn a_file_that_is_no_elf_is_refused_as_such() {
         let memory = memory::allocate(64 << 20).expect("memory");
         for content in [&b""[..], b"\x7fE", b"MZ\0\0 a compressed kernel", &[0; 4096]] {
-            let error = load_kernel(&memory, &file(content)).err().expect("not a kernel");
+            let error = load_kernel(&memory, &file(content)).expect_err("not a kernel");
             assert!(matches!(error, ImageError::NotElf(_)), "{error}");
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         }
@@ -181,7 +184,7 @@ mod tests {
     #[test]
     fn an_elf_file_that_is_cut_off_is_refused() {
         let memory = memory::allocate(64 << 20).expect("memory");
-        let error = load_kernel(&memory, &file(b"\x7fELF\x02\x01\x01")).err().expect("cut off");
+        let error = load_kernel(&memory, &file(b"\x7fELF\x02\x01\x01")).expect_err("cut off");
         assert!(matches!(error, ImageError::Elf { .. }), "{error}");
     }
 
@@ -201,7 +204,7 @@ mod tests {
     #[test]
     fn an_initramfs_that_would_overlap_the_kernel_is_refused() {
         let memory = memory::allocate(32 << 20).expect("memory");
-        let error = load_initramfs(&memory, &file(&[1; 8192]), (32 << 20) - 4096).err().expect("no room");
+        let error = load_initramfs(&memory, &file(&[1; 8192]), (32 << 20) - 4096).expect_err("no room");
         assert!(matches!(error, ImageError::NoRoom { length: 8192, .. }), "{error}");
         assert!(matches!(load_initramfs(&memory, &file(b""), 0).err(), Some(ImageError::Empty)));
     }

@@ -67,7 +67,10 @@ fn each_bad_value_is_named_by_its_field() {
         ("disks[0].segments[0]", VmConfig { disks: vec![disk("a", &[(fd(), 1, 512)])], ..valid() }),
         ("disks[0].segments[0]", VmConfig { disks: vec![disk("a", &[(fd(), 0, 0)])], ..valid() }),
         ("disks[0].segments[0]", VmConfig { disks: vec![disk("a", &[(fd(), u64::MAX - 511, 512)])], ..valid() }),
-        ("disks[1].id", VmConfig { disks: vec![disk("a", &[(fd(), 0, 512)]), disk("a", &[(fd(), 0, 512)])], ..valid() }),
+        (
+            "disks[1].id",
+            VmConfig { disks: vec![disk("a", &[(fd(), 0, 512)]), disk("a", &[(fd(), 0, 512)])], ..valid() },
+        ),
         ("interfaces[0].mac", interface(vec![2, 0, 0, 0, 0], 1500)),
         ("interfaces[0].mac", interface(vec![1, 0, 0, 0, 0, 1], 1500)),
         ("interfaces[0].mtu", interface(vec![2, 0, 0, 0, 0, 1], 67)),

@@ -52,10 +52,7 @@ impl Connection {
     }
 
     /// Reads what is there, answers what is whole, sends what fits. False when the connection is over.
-    pub fn serve(
-        &mut self,
-        answer: impl FnMut(ControlRequest, &mut Descriptors) -> ControlReply,
-    ) -> bool {
+    pub fn serve(&mut self, answer: impl FnMut(ControlRequest, &mut Descriptors) -> ControlReply) -> bool {
         let open = if self.output.is_empty() { self.receive() } else { true };
         self.answer_requests(answer) && self.send() && open
     }

@@ -134,7 +134,8 @@ mod tests {
     #[test]
     fn accesses_that_are_no_register_read_ones_and_change_nothing() {
         let mut bus = PciBus::new(Box::new(HostBridge::new()));
-        for (address, length) in [(layout::ECAM + 2, 4), (layout::ECAM, 8), (layout::ECAM + 0xfffff, 4), (u64::MAX, 1)] {
+        for (address, length) in [(layout::ECAM + 2, 4), (layout::ECAM, 8), (layout::ECAM + 0xfffff, 4), (u64::MAX, 1)]
+        {
             assert_eq!(read(&mut bus, address, length), vec![0xff; length], "{address:#x}");
             bus.write(address, &vec![0; length]);
         }

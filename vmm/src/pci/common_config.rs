@@ -223,7 +223,8 @@ impl CommonConfig {
     /// Queues are set up before DRIVER_OK, and not changed once enabled.
     fn set_up_queue(&mut self, offset: u64, length: usize, value: u32) {
         let running = self.status & STATUS_DRIVER_OK != 0;
-        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !queue.enabled && !running)
+        let Some(queue) =
+            self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !queue.enabled && !running)
         else {
             return;
         };

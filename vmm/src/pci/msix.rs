@@ -105,12 +105,13 @@ impl Msix {
             return;
         }
         for (chunk, offset) in data.chunks_exact_mut(4).zip((offset..).step_by(4)) {
-            let value = self.vectors.get((offset / ENTRY_BYTES) as usize).map_or(0, |vector| match offset % ENTRY_BYTES {
-                0 => vector.message.address as u32,
-                4 => (vector.message.address >> 32) as u32,
-                8 => vector.message.data,
-                _ => vector.control,
-            });
+            let value =
+                self.vectors.get((offset / ENTRY_BYTES) as usize).map_or(0, |vector| match offset % ENTRY_BYTES {
+                    0 => vector.message.address as u32,
+                    4 => (vector.message.address >> 32) as u32,
+                    8 => vector.message.data,
+                    _ => vector.control,
+                });
             chunk.copy_from_slice(&value.to_le_bytes());
         }
     }

@@ -239,7 +239,13 @@ fn identity(device_type: u16) -> Identity {
         2 => 0x01_8000,
         _ => 0xff_0000,
     };
-    Identity { vendor: VENDOR, device: DEVICE_BASE + device_type, subsystem: DEVICE_BASE + device_type, revision: 1, class }
+    Identity {
+        vendor: VENDOR,
+        device: DEVICE_BASE + device_type,
+        subsystem: DEVICE_BASE + device_type,
+        revision: 1,
+        class,
+    }
 }
 
 /// Adds the MSI-X capability and the structures' (4.1.4), and returns where the former is.
@@ -251,12 +257,8 @@ fn add_capabilities(config: &mut ConfigSpace, vectors: u16) -> u16 {
     let msix = config.add_capability(CAPABILITY_MSIX, &body);
     config.allow(usize::from(msix + MSIX_CONTROL), &MSIX_CONTROL_WRITABLE);
 
-    let structures: [(u8, u64, &[u8]); 4] = [
-        (1, COMMON, &[]),
-        (2, NOTIFY, &NOTIFY_MULTIPLIER.to_le_bytes()),
-        (3, ISR, &[]),
-        (4, DEVICE, &[]),
-    ];
+    let structures: [(u8, u64, &[u8]); 4] =
+        [(1, COMMON, &[]), (2, NOTIFY, &NOTIFY_MULTIPLIER.to_le_bytes()), (3, ISR, &[]), (4, DEVICE, &[])];
     for (kind, offset, extra) in structures {
         // cap_len, cfg_type, bar, id and padding, offset, length.
         let mut body = vec![16 + extra.len() as u8, kind, 0, 0, 0, 0];

@@ -100,9 +100,8 @@ fn a_client_that_closes_after_its_request_is_still_answered() {
 #[test]
 fn nothing_more_is_read_while_a_client_does_not_take_its_replies() {
     let (mut client, mut connection) = pair();
-    let large = ControlReply {
-        reply: Some(Reply::Info(VmInfo { disk_ids: vec!["x".repeat(200_000)], ..VmInfo::default() })),
-    };
+    let large =
+        ControlReply { reply: Some(Reply::Info(VmInfo { disk_ids: vec!["x".repeat(200_000)], ..VmInfo::default() })) };
     let mut answered = 0;
     for _ in 0..8 {
         client.write_all(&request(Request::Info(Info {}))).expect("sent");

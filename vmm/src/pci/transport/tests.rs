@@ -133,10 +133,7 @@ fn notifications_follow_the_bar() {
     assert_eq!(function.memory_bar(), None);
     function.write_config(BAR0, &0xd000_0000u32.to_le_bytes());
     function.write_config(COMMAND, &COMMAND_MEMORY.to_le_bytes());
-    assert_eq!(
-        *log.lock(),
-        ["detach 0xc000b000", "detach 0xc000b004", "attach 0xd0003000", "attach 0xd0003004"]
-    );
+    assert_eq!(*log.lock(), ["detach 0xc000b000", "detach 0xc000b004", "attach 0xd0003000", "attach 0xd0003004"]);
 }
 
 #[test]
