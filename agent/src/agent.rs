@@ -1,0 +1,337 @@
+//! Everything the agent knows of its pod, and what the daemon can ask of it.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use isopod_proto::agent::{
+    ConfigurePodRequest, CreateContainerRequest, ExecRequest, PidMode, ResolvedUser, SignalRequest, StatsRequest,
+    StatsResponse, UpdateContainerRequest,
+};
+use isopod_proto::{ErrorKind, ObjectId};
+use parking_lot::Mutex;
+
+use crate::container::{self, Container, Parts};
+use crate::disk::{DiskSource, Disks};
+use crate::error::{Context as _, Error, Result};
+use crate::layout::Layout;
+use crate::pod_init::PodInit;
+use crate::process::{Outcome, Process};
+use crate::reaper::Reaper;
+use crate::{cgroup, pod, stats, sys};
+
+/// A thing with an id: there, or under way to be or to go. Under way is what a second request for the same id meets.
+enum Slot<T> {
+    Reserved,
+    Present(Arc<T>),
+}
+
+type Table<T> = Mutex<HashMap<String, Slot<T>>>;
+
+/// The state of the agent. No lock of it is held while something is started, mounted or waited for.
+pub struct Agent {
+    /// Where things are.
+    pub layout: Layout,
+    reaper: Arc<Reaper>,
+    disks: Disks,
+    pod_init: PodInit,
+    configured: Mutex<Configured>,
+    containers: Table<Container>,
+    processes: Table<Process>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Configured {
+    No,
+    Now,
+    Yes,
+}
+
+impl Agent {
+    /// An agent without a pod yet.
+    pub fn new(layout: Layout, disks: DiskSource, reaper: Arc<Reaper>) -> Arc<Self> {
+        let pod_init = PodInit::new(Arc::clone(&reaper), layout.clone());
+        Arc::new(Self {
+            disks: Disks::new(layout.clone(), disks),
+            layout,
+            reaper,
+            pod_init,
+            configured: Mutex::new(Configured::No),
+            containers: Mutex::default(),
+            processes: Mutex::default(),
+        })
+    }
+
+    /// Makes the guest the pod it is to be. Once.
+    pub async fn configure_pod(&self, request: &ConfigurePodRequest) -> Result<()> {
+        {
+            let mut configured = self.configured.lock();
+            if *configured != Configured::No {
+                return Err(Error::precondition("the pod is configured already"));
+            }
+            *configured = Configured::Now;
+        }
+        let result = pod::configure(&self.layout, &self.disks, request).await;
+        *self.configured.lock() = if result.is_ok() { Configured::Yes } else { Configured::No };
+        result
+    }
+
+    /// Waits for a disk and mounts the layers on it.
+    pub async fn attach_disk(&self, id: &str, layers: u32) -> Result<()> {
+        self.disks.attach(id, layers).await
+    }
+
+    /// Unmounts a disk and removes its PCI function.
+    pub async fn detach_disk(&self, id: &str) -> Result<()> {
+        self.disks.detach(id).await
+    }
+
+    /// Makes a container; its process waits for [`Agent::start_container`].
+    pub async fn create_container(&self, request: CreateContainerRequest) -> Result<ResolvedUser> {
+        let id = checked_id(&request.id)?;
+        if *self.configured.lock() != Configured::Yes {
+            return Err(Error::precondition("the pod is not configured"));
+        }
+        let reservation = Reservation::new(&self.containers, "container", &id)?;
+        let process = Reservation::new(&self.processes, "process", &id)?;
+        let parts = Parts {
+            layout: self.layout.clone(),
+            reaper: Arc::clone(&self.reaper),
+            layers: self.disks.layers(&request.image_disk)?,
+            pid_namespace: self.pid_namespace(&request).await?,
+        };
+        let (container, user) = blocking(move || container::create(&parts, &request)).await?;
+        process.fill(Arc::clone(&container.init));
+        reservation.fill(container);
+        Ok(user)
+    }
+
+    /// A process in the PID namespace that the container is to join, if it joins one.
+    async fn pid_namespace(&self, request: &CreateContainerRequest) -> Result<Option<OwnedFd>> {
+        match request.pid_mode() {
+            PidMode::Container | PidMode::Node => Ok(None),
+            PidMode::Pod => self.pod_init.pidfd().await.map(Some),
+            PidMode::Target => {
+                let target = self.container(&request.pid_target)?;
+                let pidfd = target.init.pidfd()?;
+                pidfd.try_clone().context(|| "duplicate a pidfd").map(Some)
+            }
+        }
+    }
+
+    /// Starts the process of a created container.
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        blocking(move || container.start()).await
+    }
+
+    /// Starts a further process in a running container.
+    pub async fn exec(&self, request: ExecRequest) -> Result<()> {
+        let id = checked_id(&request.process_id)?;
+        let container = self.container(&request.container_id)?;
+        let reservation = Reservation::new(&self.processes, "process", &id)?;
+        let reaper = Arc::clone(&self.reaper);
+        let process = blocking(move || container.exec(&reaper, &request)).await?;
+        reservation.fill(process);
+        Ok(())
+    }
+
+    /// Sends a signal to a process, or to all of its container.
+    pub fn signal(&self, request: &SignalRequest) -> Result<()> {
+        let SignalRequest { process_id, signal, all } = request;
+        let number = i32::try_from(*signal).ok().filter(|number| (1..=64).contains(number));
+        let number = number.ok_or_else(|| Error::invalid(format!("{signal} is not the number of a signal")))?;
+        let process = self.process(process_id)?;
+        if !all {
+            return process.signal(number);
+        }
+        let container = self.container(&process.container_id)?;
+        if number == libc::SIGKILL {
+            container.cgroup.kill();
+            return Ok(());
+        }
+        for pid in container.cgroup.processes() {
+            // A process may have ended since the list was read. Its id is not used again before the reaper has run, and
+            // for an orphan of another parent in the container the worst is a signal to a newer process of the same guest.
+            let _ = sys::kill(pid, number);
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a process and of its output.
+    pub async fn wait_process(&self, id: &str) -> Result<Outcome> {
+        let process = self.process(id)?;
+        process.finished().await
+    }
+
+    /// Removes a container with all that belongs to it. An unknown one is removed already.
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        let id = checked_id(id)?;
+        let container = {
+            let mut containers = self.containers.lock();
+            match containers.get_mut(&id) {
+                None => return Ok(()),
+                Some(slot) => match std::mem::replace(slot, Slot::Reserved) {
+                    Slot::Present(container) => container,
+                    Slot::Reserved => return Err(busy("container", &id)),
+                },
+            }
+        };
+        container.init.kill();
+        container.cgroup.kill();
+        let (layout, name) = (self.layout.clone(), id.clone());
+        let result = blocking(move || {
+            container.cgroup.remove()?;
+            drop(container);
+            container::release(&layout, &name)
+        })
+        .await;
+        let gone = self.take_processes_of(&id);
+        gone.iter().for_each(|process| process.abandon_output());
+        // What is left after a failure is in the guest's own file system and goes with it; the container is gone for all.
+        self.containers.lock().remove(&id);
+        result
+    }
+
+    fn take_processes_of(&self, container: &str) -> Vec<Arc<Process>> {
+        let mut gone = Vec::new();
+        self.processes.lock().retain(|_, slot| match slot {
+            Slot::Present(process) if process.container_id == container => {
+                gone.push(Arc::clone(process));
+                false
+            }
+            _ => true,
+        });
+        gone
+    }
+
+    /// Forgets an ended exec process. An unknown one is forgotten already.
+    pub fn remove_process(&self, id: &str) -> Result<()> {
+        let id = checked_id(id)?;
+        let mut processes = self.processes.lock();
+        let process = match processes.get(&id) {
+            None => return Ok(()),
+            Some(Slot::Reserved) => return Err(busy("process", &id)),
+            Some(Slot::Present(process)) => Arc::clone(process),
+        };
+        if process.container_id == id {
+            return Err(Error::precondition(format!("process {id} is the first of its container and goes with it")));
+        }
+        if !process.has_ended() {
+            return Err(Error::precondition(format!("process {id} still runs")));
+        }
+        processes.remove(&id);
+        process.abandon_output();
+        Ok(())
+    }
+
+    /// Changes the limits of a container.
+    pub async fn update_container(&self, request: &UpdateContainerRequest) -> Result<()> {
+        let container = self.container(&request.id)?;
+        let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
+        blocking(move || container.cgroup.apply(&settings)).await
+    }
+
+    /// Counters of the guest and of the named containers, or of all.
+    pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse> {
+        let containers: Vec<Arc<Container>> = if request.container_ids.is_empty() {
+            let table = self.containers.lock();
+            table
+                .values()
+                .filter_map(|slot| if let Slot::Present(it) = slot { Some(Arc::clone(it)) } else { None })
+                .collect()
+        } else {
+            request.container_ids.iter().map(|id| self.container(id)).collect::<Result<_>>()?
+        };
+        let layout = self.layout.clone();
+        blocking(move || Ok(stats::collect(&layout, &containers))).await
+    }
+
+    /// Ends every container, for the guest's end.
+    pub async fn kill_all(&self) {
+        let containers: Vec<Arc<Container>> = {
+            let table = self.containers.lock();
+            table
+                .values()
+                .filter_map(|slot| if let Slot::Present(it) = slot { Some(Arc::clone(it)) } else { None })
+                .collect()
+        };
+        for container in &containers {
+            container.init.kill();
+            container.cgroup.kill();
+        }
+        for container in &containers {
+            container.init.ended().await;
+        }
+    }
+
+    /// The process with this id.
+    pub fn process(&self, id: &str) -> Result<Arc<Process>> {
+        find(&self.processes, "process", id)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        find(&self.containers, "container", id)
+    }
+}
+
+/// A place in a table that is kept until the thing is there; dropped without it, the place is free again.
+struct Reservation<'a, T> {
+    table: &'a Table<T>,
+    id: String,
+    filled: bool,
+}
+
+impl<'a, T> Reservation<'a, T> {
+    fn new(table: &'a Table<T>, what: &str, id: &str) -> Result<Self> {
+        let mut slots = table.lock();
+        match slots.get(id) {
+            Some(Slot::Present(_)) => Err(Error::new(ErrorKind::AlreadyExists, format!("{what} {id} exists already"))),
+            Some(Slot::Reserved) => Err(busy(what, id)),
+            None => {
+                slots.insert(id.to_owned(), Slot::Reserved);
+                Ok(Self { table, id: id.to_owned(), filled: false })
+            }
+        }
+    }
+
+    fn fill(mut self, thing: Arc<T>) {
+        self.table.lock().insert(self.id.clone(), Slot::Present(thing));
+        self.filled = true;
+    }
+}
+
+impl<T> Drop for Reservation<'_, T> {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.table.lock().remove(&self.id);
+        }
+    }
+}
+
+fn find<T>(table: &Table<T>, what: &str, id: &str) -> Result<Arc<T>> {
+    match table.lock().get(id) {
+        Some(Slot::Present(thing)) => Ok(Arc::clone(thing)),
+        Some(Slot::Reserved) => Err(busy(what, id)),
+        None => Err(Error::not_found(format!("there is no {what} {:?}", id.chars().take(80).collect::<String>()))),
+    }
+}
+
+fn busy(what: &str, id: &str) -> Error {
+    Error::precondition(format!("another request for {what} {id} is under way"))
+}
+
+fn checked_id(id: &str) -> Result<String> {
+    match ObjectId::parse(id) {
+        Ok(id) => Ok(id.as_str().to_owned()),
+        Err(error) => Err(Error::invalid(error.to_string())),
+    }
+}
+
+/// Runs what blocks on a thread for that.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::new(ErrorKind::Internal, format!("a task of the agent failed: {error}"))),
+    }
+}

@@ -1,0 +1,149 @@
+//! What a container sees and what it may not do.
+
+use isopod_proto::agent::{Capabilities, CreateContainerRequest, Mount, Rlimit, mount};
+
+use crate::fixture::{fixture, request};
+
+#[tokio::test]
+async fn root_layers_are_merged_with_their_whiteouts() {
+    let Some(mut fixture) = fixture().await else { return };
+    let (_, output) = fixture.complete("ls -d /removed; ls /opaque").await;
+    assert_eq!(output, "above\n");
+}
+
+#[tokio::test]
+async fn root_the_pods_identity_is_seen() {
+    let Some(mut fixture) = fixture().await else { return };
+    let (_, output) = fixture.complete("hostname; cat /etc/hostname /etc/hosts /etc/resolv.conf; pwd").await;
+    assert_eq!(output, "pod-1\npod-1\n127.0.0.1 localhost\nnameserver 10.0.0.1\n/\n");
+}
+
+#[tokio::test]
+async fn root_devices_and_special_file_systems_are_there() {
+    let Some(mut fixture) = fixture().await else { return };
+    let script = "ls /dev; echo x > /dev/null; head -c 3 /dev/zero | wc -c; cat /proc/self/cgroup | tail -n 1; \
+        for mount in /sys /sys/fs/cgroup; do grep \" $mount ro,\" /proc/self/mounts | cut -d' ' -f2; done; echo x >/dev/full || echo full";
+    let (_, output) = fixture.complete(script).await;
+    let lines: Vec<&str> = output.lines().collect();
+    for name in [
+        "core", "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty",
+        "urandom", "zero",
+    ] {
+        assert!(lines.contains(&name), "{name} in {output}");
+    }
+    assert!(output.ends_with("3\n0::/\n/sys\n/sys/fs/cgroup\nfull\n"), "{output}");
+}
+
+#[tokio::test]
+async fn root_masked_and_readonly_paths_are_so() {
+    let Some(mut fixture) = fixture().await else { return };
+    let request = CreateContainerRequest {
+        masked_paths: vec!["/proc/meminfo".into(), "/bin/../srv".into(), "/missing".into()],
+        readonly_paths: vec!["/proc/sys".into(), "/tmp".into(), "/missing".into()],
+        ..request(
+            "wc -c < /proc/meminfo; ls /srv | wc -l; touch /tmp/x 2>/dev/null || echo readonly; touch /srv/x 2>/dev/null || echo masked",
+        )
+    };
+    assert_eq!(fixture.output_of(request).await, "0\n0\nreadonly\nmasked\n");
+}
+
+#[tokio::test]
+async fn root_a_readonly_root_has_writable_mounts() {
+    let Some(mut fixture) = fixture().await else { return };
+    let tmpfs = Mount {
+        destination: "/data/deep".into(),
+        source: Some(mount::Source::TmpfsSizeBytes(1 << 20)),
+        mode: 0o1777,
+        ..Mount::default()
+    };
+    let script = "touch /x 2>/dev/null || echo root; touch /etc/hosts 2>/dev/null || echo hosts; touch /data/deep/x && echo data; \
+        touch /dev/shm/x && echo shm; stat -c %a /data/deep";
+    let request = CreateContainerRequest { readonly_rootfs: true, mounts: vec![tmpfs], ..request(script) };
+    assert_eq!(fixture.output_of(request).await, "root\nhosts\ndata\nshm\n1777\n");
+}
+
+#[tokio::test]
+async fn root_volumes_are_shared_and_files_are_given() {
+    let Some(mut fixture) = fixture().await else { return };
+    let volume = |destination: &str, readonly| Mount {
+        destination: destination.into(),
+        source: Some(mount::Source::ScratchDirectory("data".into())),
+        readonly,
+        mode: 0o777,
+    };
+    let file = Mount {
+        destination: "/etc/resolv.conf".into(),
+        source: Some(mount::Source::FileContents(b"mine\n".to_vec())),
+        mode: 0o600,
+        ..Mount::default()
+    };
+    let writer = CreateContainerRequest { mounts: vec![volume("/v", false)], ..request("echo shared > /v/f") };
+    assert_eq!(fixture.output_of(writer).await, "");
+    let reader = CreateContainerRequest {
+        mounts: vec![volume("/w/x", true), file],
+        ..request("cat /w/x/f /etc/resolv.conf; stat -c %a /etc/resolv.conf; touch /w/x/f 2>/dev/null || echo readonly")
+    };
+    assert_eq!(fixture.output_of(reader).await, "shared\nmine\n600\nreadonly\n");
+}
+
+#[tokio::test]
+async fn root_a_link_in_the_image_does_not_lead_a_mount_out() {
+    let Some(mut fixture) = fixture().await else { return };
+    let mount = Mount {
+        destination: "/srv/out/volume".into(),
+        source: Some(mount::Source::TmpfsSizeBytes(4096)),
+        ..Mount::default()
+    };
+    let request =
+        CreateContainerRequest { mounts: vec![mount], ..request("grep -c ' /escaped/volume ' /proc/self/mounts") };
+    assert_eq!(fixture.output_of(request).await, "1\n");
+    assert!(!std::path::Path::new("/escaped").exists());
+}
+
+#[tokio::test]
+async fn root_privileges_are_those_that_were_given() {
+    let Some(mut fixture) = fixture().await else { return };
+    let script = "grep -E 'Cap|NoNew|Seccomp:' /proc/self/status | tr -s '\\t' ' '; ulimit -n; umask; cat /proc/self/oom_score_adj";
+    let mut request = request(script);
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<String>>();
+    let process = request.process.as_mut().unwrap();
+    process.user.as_mut().unwrap().user = "web".into();
+    process.capabilities = Some(Capabilities {
+        bounding: names(&["CAP_CHOWN", "CAP_NET_BIND_SERVICE"]),
+        effective: names(&["CAP_NET_BIND_SERVICE"]),
+        permitted: names(&["CAP_NET_BIND_SERVICE"]),
+        inheritable: names(&["CAP_NET_BIND_SERVICE"]),
+        ambient: names(&["CAP_NET_BIND_SERVICE"]),
+    });
+    process.no_new_privs = true;
+    process.oom_score_adj = 321;
+    process.rlimits = vec![Rlimit { name: "RLIMIT_NOFILE".into(), soft: 100, hard: 200 }];
+    // BPF_RET | BPF_K with SECCOMP_RET_ALLOW.
+    process.seccomp_filter = [0x06, 0, 0, 0, 0, 0, 0xff, 0x7f].to_vec();
+    let bind = "0000000000000400";
+    let expected = format!(
+        "CapInh: {bind}\nCapPrm: {bind}\nCapEff: {bind}\nCapBnd: 0000000000000401\nCapAmb: {bind}\nNoNewPrivs: 1\nSeccomp: 2\n100\n0022\n321\n"
+    );
+    assert_eq!(fixture.output_of(request).await, expected);
+}
+
+#[tokio::test]
+async fn root_a_missing_working_directory_is_made_for_its_user() {
+    let Some(mut fixture) = fixture().await else { return };
+    let mut request = request("pwd; stat -c %u .; touch here && echo writable");
+    let process = request.process.as_mut().unwrap();
+    process.cwd = "/made/for/web".into();
+    process.user.as_mut().unwrap().user = "web".into();
+    assert_eq!(fixture.output_of(request).await, "/made/for/web\n33\nwritable\n");
+}
+
+#[tokio::test]
+async fn root_nothing_of_the_agent_leaks_into_a_container() {
+    let Some(mut fixture) = fixture().await else { return };
+    let script = "ls /proc/self/fd | wc -l; grep -c isopod /proc/self/mountinfo; env | grep -vE '^(PATH|HOME|PWD|SHLVL|_)='; \
+        grep -E 'Sig(Blk|Ign)' /proc/self/status | tr -s '\\t' ' '";
+    let (_, output) = fixture.complete(script).await;
+    // 0, 1, 2 and the one ls has open; the bind mounts show the paths inside the agent's file systems, not its directories.
+    assert!(output.starts_with("4\n"), "{output}");
+    assert!(output.ends_with("SigBlk: 0000000000000000\nSigIgn: 0000000000000000\n"), "{output}");
+}
