@@ -37,6 +37,17 @@ pub(super) enum Fault {
     },
 }
 
+/// What was at the front of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Popped {
+    /// A valid chain, of this head.
+    Chain(u16),
+    /// One that was given back. A guest can make as many as it likes: the caller counts them.
+    Malformed,
+    /// Nothing.
+    Empty,
+}
+
 /// One queue, the memory it is in, and its interrupt.
 pub(super) struct DeviceQueue {
     index: u16,
@@ -93,21 +104,16 @@ impl DeviceQueue {
         move |source| Fault::Ring { index, what, source }
     }
 
-    /// Takes the next valid chain into `chain` and returns its head. A chain that is malformed is given back unused, as
-    /// there is no place in it to say so.
-    pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, Fault> {
-        for _ in 0..self.queue.size() {
-            let failed = self.ring("the available ring cannot be read");
-            let Some(descriptors) = self.queue.iter(&self.memory).map_err(failed)?.next() else { return Ok(None) };
-            let head = descriptors.head_index();
-            if chain.fill(descriptors).is_ok() {
-                return Ok(Some(head));
-            }
-            self.add_used(head, 0)?;
+    /// Takes the next chain into `chain`. One that is malformed is given back unused, as there is no place in it to say so.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<Popped, Fault> {
+        let failed = self.ring("the available ring cannot be read");
+        let Some(descriptors) = self.queue.iter(&self.memory).map_err(failed)?.next() else { return Ok(Popped::Empty) };
+        let head = descriptors.head_index();
+        if chain.fill(descriptors).is_ok() {
+            return Ok(Popped::Chain(head));
         }
-        // Nothing but malformed chains: let the worker see its other descriptors before it looks again.
-        self.notify_self()?;
-        Ok(None)
+        self.add_used(head, 0)?;
+        Ok(Popped::Malformed)
     }
 
     /// Puts the chain taken last back, to be taken again. Only before [`DeviceQueue::add_used`] was called for it.
@@ -155,25 +161,26 @@ impl DeviceQueue {
         mut each: impl FnMut(&mut Chain, &GuestMemory) -> Option<u32>,
     ) -> Result<(), Fault> {
         // A bounded number, so that a reset does not wait long for the worker.
-        let mut left = self.queue.size().min(BATCH);
-        'serve: loop {
-            self.disable_notification()?;
-            while let Some(head) = self.pop(chain)? {
-                let Some(written) = each(chain, &self.memory) else {
-                    self.unpop();
-                    break 'serve;
-                };
-                self.add_used(head, written)?;
-                left -= 1;
-                if left == 0 {
-                    self.notify_self()?;
-                    break 'serve;
+        self.disable_notification()?;
+        for _ in 0..BATCH {
+            match self.pop(chain)? {
+                Popped::Chain(head) => match each(chain, &self.memory) {
+                    Some(written) => self.add_used(head, written)?,
+                    None => {
+                        self.unpop();
+                        return self.signal();
+                    }
+                },
+                Popped::Malformed => {}
+                Popped::Empty => {
+                    if !self.enable_notification()? {
+                        return self.signal();
+                    }
                 }
             }
-            if !self.enable_notification()? {
-                break;
-            }
         }
+        // A bounded number, so that a reset does not wait long for the worker; the others' turn is next.
+        self.notify_self()?;
         self.signal()
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::event::epoll::EventFlags;
 
 use crate::devices::chain::Chain;
-use crate::devices::queue::{DeviceQueue, Fault};
+use crate::devices::queue::{DeviceQueue, Fault, Popped};
 use crate::devices::sys::{self, Pieces};
 use crate::devices::worker::{Handler, Poll};
 use crate::tap::VNET_HEADER_BYTES;
@@ -159,16 +159,24 @@ impl NetWorker {
             self.slots.push(Slot::default());
         }
         let slot = &mut self.slots[self.filled];
-        loop {
-            if let Some(head) = self.rx.pop(&mut slot.chain)? {
-                slot.head = head;
-                self.filled += 1;
-                return Ok(true);
-            }
-            if !self.rx.enable_notification()? {
-                return Ok(false);
+        for _ in 0..self.rx.size() {
+            match self.rx.pop(&mut slot.chain)? {
+                Popped::Chain(head) => {
+                    slot.head = head;
+                    self.filled += 1;
+                    return Ok(true);
+                }
+                Popped::Malformed => {}
+                Popped::Empty => {
+                    if !self.rx.enable_notification()? {
+                        return Ok(false);
+                    }
+                }
             }
         }
+        // Nothing but malformed chains: the worker's other descriptors have their turn first.
+        self.rx.notify_self()?;
+        Ok(false)
     }
 }
 

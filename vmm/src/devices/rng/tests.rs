@@ -96,3 +96,36 @@ fn a_broken_ring_stops_the_device_until_reset() {
     driver.notify();
     assert!(driver.needs_reset());
 }
+
+#[test]
+fn a_driver_that_never_stops_sending_malformed_chains_does_not_hold_up_a_reset() {
+    let mut rng = Rng::new().unwrap();
+    let memory = memory();
+    let mut driver = activate(&mut rng, &memory, RING_FEATURES).remove(0);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let refill = scope.spawn(|| {
+            driver.descriptor(5, MEMORY, 16, WRITE, 0);
+            let (mut in_flight, mut answered) = (0, 0u64);
+            driver.notify();
+            while !stop.load(order) {
+                while in_flight < 64 {
+                    driver.offer(5);
+                    in_flight += 1;
+                }
+                while driver.take_used().is_some() {
+                    in_flight -= 1;
+                    answered += 1;
+                }
+            }
+            answered
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        let start = std::time::Instant::now();
+        rng.reset();
+        assert!(start.elapsed() < Duration::from_secs(2));
+        stop.store(true, order);
+        assert!(refill.join().unwrap() > 0);
+    });
+}

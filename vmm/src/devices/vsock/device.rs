@@ -82,6 +82,7 @@ impl Vsock {
             tx,
             event: take(2),
             listener: self.listener.try_clone()?,
+            accept_again: None,
             muxer: Muxer::new(self.guest_cid, FIRST_SOCKET),
             chain: Chain::default(),
             payload: vec![0; MAX_PAYLOAD],

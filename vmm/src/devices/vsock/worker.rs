@@ -11,7 +11,7 @@ use super::muxer::{Muxer, Token};
 use super::packet::{HEADER_BYTES, Header, MAX_PAYLOAD};
 use super::stream::Readiness;
 use crate::devices::chain::Chain;
-use crate::devices::queue::{DeviceQueue, Fault};
+use crate::devices::queue::{DeviceQueue, Fault, Popped};
 use crate::devices::worker::{Handler, Poll};
 use crate::virtio::GuestMemory;
 
@@ -23,6 +23,8 @@ const LISTENER: Token = 3;
 pub(super) const FIRST_SOCKET: Token = 16;
 /// Most connections taken, and most packets sent, without a look at the other descriptors.
 const BATCH: usize = 64;
+/// How long nothing is accepted after it failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct VsockWorker {
     pub rx: DeviceQueue,
@@ -30,6 +32,8 @@ pub(super) struct VsockWorker {
     /// Never used: it tells of a changed context id, which is not changed while a VM lives.
     pub event: Option<DeviceQueue>,
     pub listener: UnixListener,
+    /// When to accept again, after there were no descriptors left to do so.
+    pub accept_again: Option<Instant>,
     pub muxer: Muxer<UnixStream>,
     pub chain: Chain,
     /// The data of one packet; [`MAX_PAYLOAD`] bytes.
@@ -74,11 +78,13 @@ impl Handler for VsockWorker {
         Ok(())
     }
 
-    fn idle(&mut self, _poll: &Poll) -> Result<Option<Duration>, Fault> {
+    fn idle(&mut self, poll: &Poll) -> Result<Option<Duration>, Fault> {
         let now = Instant::now();
+        self.resume_accepting(poll, now)?;
         self.muxer.expire(now);
         self.send_packets(now)?;
-        Ok(self.muxer.next_tick().map(|tick| tick.saturating_duration_since(now)))
+        let next = [self.muxer.next_tick(), self.accept_again].into_iter().flatten().min();
+        Ok(next.map(|tick| tick.saturating_duration_since(now)))
     }
 }
 
@@ -89,8 +95,9 @@ impl VsockWorker {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // The peer has gone already, or this process is out of descriptors: others may fare better later.
-                Err(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                // Out of descriptors or memory. It stays readable, so that watching on would be spinning.
+                Err(_) => return self.pause_accepting(poll),
             };
             if stream.set_nonblocking(true).is_err() {
                 continue;
@@ -102,6 +109,22 @@ impl VsockWorker {
                 poll.add(stream.as_fd(), token, flags)
                     .map_err(|source| Fault::System { what: "cannot watch a connection", source })?;
             }
+        }
+        Ok(())
+    }
+
+    fn pause_accepting(&mut self, poll: &Poll) -> Result<(), Fault> {
+        let failed = |source| Fault::System { what: "cannot stop watching the listening socket", source };
+        poll.remove(self.listener.as_fd()).map_err(failed)?;
+        self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+        Ok(())
+    }
+
+    fn resume_accepting(&mut self, poll: &Poll, now: Instant) -> Result<(), Fault> {
+        if self.accept_again.is_some_and(|time| time <= now) {
+            let failed = |source| Fault::System { what: "cannot watch the listening socket", source };
+            poll.add(self.listener.as_fd(), LISTENER, EventFlags::IN).map_err(failed)?;
+            self.accept_again = None;
         }
         Ok(())
     }
@@ -125,9 +148,12 @@ impl VsockWorker {
                 break;
             }
             left -= 1;
-            let Some(head) = self.rx.pop(&mut self.chain)? else {
+            let head = match self.rx.pop(&mut self.chain)? {
+                Popped::Chain(head) => head,
+                Popped::Malformed => continue,
                 // Wait for buffers, unless some came just now.
-                if self.rx.enable_notification()? { continue } else { break }
+                Popped::Empty if self.rx.enable_notification()? => continue,
+                Popped::Empty => break,
             };
             let Some(room) = self.chain.writable.len().checked_sub(HEADER_BYTES) else {
                 self.rx.add_used(head, 0)?;

@@ -321,10 +321,18 @@ fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
     prop::collection::vec((0usize..3, step), 1..200)
 }
 
+/// A program's end of a connection: what it wrote and read.
+struct ProgramEnd {
+    token: Token,
+    pipe: Rc<RefCell<Pipe>>,
+    written: Vec<u8>,
+    read: Vec<u8>,
+}
+
 struct Exchange {
     world: World,
     guests: Vec<GuestEnd>,
-    programs: Vec<(Token, Rc<RefCell<Pipe>>, Vec<u8>, Vec<u8>)>,
+    programs: Vec<ProgramEnd>,
 }
 
 impl Exchange {
@@ -334,7 +342,7 @@ impl Exchange {
             let (token, pipe) = exchange.world.program("ACCEPT 50\n");
             exchange.world.packet(Header { buf_alloc: alloc, ..header(Op::Request, port, 50) }, &[]);
             pipe.borrow_mut().to_program.clear();
-            exchange.programs.push((token, pipe, Vec::new(), Vec::new()));
+            exchange.programs.push(ProgramEnd { token, pipe, written: Vec::new(), read: Vec::new() });
             exchange.guests.push(GuestEnd {
                 port,
                 alloc,
@@ -386,14 +394,14 @@ impl Exchange {
     fn step(&mut self, index: usize, step: &Step) {
         match *step {
             Step::ProgramWrites(count) => {
-                let (token, pipe, written, _) = &mut self.programs[index];
+                let ProgramEnd { token, pipe, written, .. } = &mut self.programs[index];
                 let data: Vec<u8> = (0..count).map(|place| ((written.len() + place) * 7 + index) as u8).collect();
                 pipe.borrow_mut().to_device.extend(&data);
                 written.extend(data);
                 self.world.event(*token, pipe);
             }
             Step::ProgramReads(count) => {
-                let (token, pipe, _, read) = &mut self.programs[index];
+                let ProgramEnd { token, pipe, read, .. } = &mut self.programs[index];
                 let count = count.min(pipe.borrow().to_program.len());
                 read.extend(pipe.borrow_mut().to_program.drain(..count));
                 self.world.event(*token, pipe);
@@ -429,7 +437,7 @@ impl Exchange {
         for _ in 0..20_000 {
             let mut moved = self.poll(4000);
             for index in 0..3 {
-                moved |= !self.programs[index].1.borrow().to_program.is_empty();
+                moved |= !self.programs[index].pipe.borrow().to_program.is_empty();
                 moved |= self.guests[index].read < self.guests[index].received.len();
                 self.step(index, &Step::ProgramReads(usize::MAX));
                 self.step(index, &Step::GuestReads(usize::MAX));
@@ -454,7 +462,7 @@ proptest! {
         }
         exchange.settle();
         for index in 0..3 {
-            let (_, _, written, read) = &exchange.programs[index];
+            let ProgramEnd { written, read, .. } = &exchange.programs[index];
             prop_assert!(&exchange.guests[index].received == written, "to the guest, connection {index}");
             prop_assert!(&exchange.guests[index].sent == read, "to the program, connection {index}");
             // The guest knows of room without asking.
@@ -466,7 +474,7 @@ proptest! {
         for index in 0..3 {
             let guest = &exchange.guests[index];
             prop_assert_eq!(guest.device_forwarded as usize, guest.sent.len());
-            let (token, pipe, ..) = &exchange.programs[index];
+            let ProgramEnd { token, pipe, .. } = &exchange.programs[index];
             pipe.borrow_mut().program_ended = true;
             exchange.world.event(*token, pipe);
         }
@@ -474,7 +482,7 @@ proptest! {
         for index in 0..3 {
             prop_assert!(exchange.guests[index].ended);
             exchange.guest_packet(index, Op::Shutdown, SHUTDOWN_BOTH, &[]);
-            prop_assert!(exchange.programs[index].1.borrow().device_closed);
+            prop_assert!(exchange.programs[index].pipe.borrow().device_closed);
         }
         prop_assert!(exchange.world.muxer.sockets.is_empty() && exchange.world.muxer.connections.is_empty());
     }
