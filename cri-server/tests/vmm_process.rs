@@ -1,0 +1,113 @@
+//! The VMM process as the daemon sees it, with small scripts in the VMM's place.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use isopod_cri_server::vmm::{Vm, VmSpec, VmmError};
+use isopod_proto::encode_frame;
+use isopod_proto::vmm::VmExit;
+use isopod_proto::vmm::vm_exit::Reason;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A directory with a program that is `script`, run by the shell.
+fn fake(script: &str) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let binary = directory.path().join("vmm");
+    std::fs::write(&binary, format!("#!/bin/sh\n{script}\n")).expect("written");
+    std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o755)).expect("made executable");
+    std::fs::create_dir(directory.path().join("cgroup")).expect("made");
+    (directory, binary)
+}
+
+fn spec(directory: &Path, binary: PathBuf) -> VmSpec {
+    let null = || File::open("/dev/null").expect("it exists");
+    VmSpec {
+        binary,
+        directory: directory.into(),
+        // A plain directory takes the pid as a file.
+        cgroup: directory.join("cgroup"),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        kernel: null(),
+        initramfs: null(),
+        disks: Vec::new(),
+        interface: (OwnedFd::from(null()), [2, 0, 0, 0, 0, 1], 1500),
+        verbose_console: false,
+    }
+}
+
+fn start(directory: &Path, binary: PathBuf) -> Result<Vm, VmmError> {
+    let sockets = Vm::listen(directory).expect("it listens");
+    Vm::spawn(spec(directory, binary), sockets)
+}
+
+fn process_exists(pid: i32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[tokio::test]
+async fn a_vmm_that_exits_with_a_record_is_told_by_it_and_reaped() {
+    let (directory, binary) =
+        fake("cat /proc/self/fd/$2 >/dev/null; cat \"$(dirname \"$0\")/record\" >\"$(dirname \"$0\")/exit\"; exit 13");
+    let record =
+        VmExit { reason: Reason::KvmUnusable.into(), message: "no KVM here".into(), console: b"oops\n".to_vec() };
+    std::fs::write(directory.path().join("record"), encode_frame(&record)).expect("written");
+    let vm = start(directory.path(), binary).expect("started");
+    // Any number may wait.
+    let (first, second) = timeout(SOON, async { tokio::join!(vm.ended(), vm.ended()) }).await.expect("it exits");
+    assert!(first.message.contains("no KVM here") && first.console == "oops", "{first:?}");
+    assert_eq!(first, second);
+    assert!(!process_exists(vm.identity().pid), "a zombie is left");
+}
+
+#[tokio::test]
+async fn a_vmm_that_is_killed_is_told_by_its_signal() {
+    let (directory, binary) = fake("cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
+    let vm = start(directory.path(), binary).expect("started");
+    let identity = vm.identity();
+    assert!(vm.end().is_none());
+    let again = Vm::find(identity, directory.path()).expect("it runs");
+    assert_eq!(
+        std::fs::read_to_string(directory.path().join("cgroup/cgroup.procs")).expect("there"),
+        identity.pid.to_string()
+    );
+    vm.kill();
+    let end = timeout(SOON, vm.ended()).await.expect("killed");
+    assert!(end.message.contains("no exit record") && end.message.contains("9"), "{end:?}");
+    timeout(SOON, again.ended()).await.expect("seen by the later daemon as well");
+    assert!(matches!(Vm::find(identity, directory.path()), Err(VmmError::Gone { .. })));
+}
+
+#[tokio::test]
+async fn a_vmm_that_cannot_be_executed_is_an_error() {
+    let (directory, binary) = fake("");
+    std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o644)).expect("made a plain file");
+    let error = start(directory.path(), binary).err().expect("not started");
+    assert!(matches!(error, VmmError::Spawn { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_vmm_that_cannot_enter_its_cgroup_is_killed() {
+    let (directory, binary) =
+        fake("echo $$ >\"$(dirname \"$0\")/pid\"; cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
+    std::fs::remove_dir(directory.path().join("cgroup")).expect("removed");
+    assert!(start(directory.path(), binary).is_err());
+    if let Ok(pid) = std::fs::read_to_string(directory.path().join("pid")) {
+        assert!(!process_exists(pid.trim().parse().expect("a pid")), "it runs on");
+    }
+}
+
+#[tokio::test]
+async fn a_signal_for_the_daemons_process_group_does_not_reach_the_vmm() {
+    let (directory, binary) = fake("cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
+    let vm = start(directory.path(), binary).expect("started");
+    let pid = rustix::process::Pid::from_raw(vm.identity().pid).expect("a pid");
+    assert_eq!(rustix::process::getpgid(Some(pid)).expect("it runs"), pid);
+    vm.kill();
+    timeout(SOON, vm.ended()).await.expect("killed");
+}
