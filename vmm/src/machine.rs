@@ -20,7 +20,7 @@ use crate::io_bus::IoBus;
 use crate::irq::{InterruptRoutes, KvmVectors};
 use crate::kvm::{self, CheckedKvm, KvmError};
 use crate::memory::{self, MemoryError};
-use crate::pci::{HostBridge, Notifications, PciBus, PciError, SlotNumber, VirtioFunction};
+use crate::pci::{FunctionNumber, HostBridge, Notifications, PciBus, PciError, VirtioFunction};
 use crate::serial::{ConsoleRing, SerialConsole, SerialInterrupt};
 use crate::vcpu::{VcpuError, VcpuSet};
 use crate::virtio::{GuestMemory, VirtioDevice};
@@ -107,7 +107,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     pci: Arc<Mutex<PciBus>>,
     builder: FunctionBuilder,
-    disks: Vec<(DiskId, SlotNumber)>,
+    disks: Vec<(DiskId, FunctionNumber)>,
     console: ConsoleRing,
     memory_bytes: u64,
     vcpu_count: u8,
@@ -150,8 +150,8 @@ impl Machine {
         let id = disk.id.clone();
         let device = block(disk)?;
         // The eventfds and routes of the new function come into being when its driver starts it, not under this lock.
-        let slot = self.builder.add(&mut self.pci.lock(), device)?;
-        self.disks.push((id, slot));
+        let number = self.builder.add(&mut self.pci.lock(), device)?;
+        self.disks.push((id, number));
         Ok(())
     }
 
@@ -159,8 +159,8 @@ impl Machine {
     pub fn remove_disk(&mut self, id: &DiskId) -> Result<(), MachineError> {
         let position = self.disks.iter().position(|(disk, _)| disk == id);
         let position = position.ok_or_else(|| MachineError::NoDisk(id.clone()))?;
-        let (_, slot) = self.disks.remove(position);
-        let function = self.pci.lock().remove(slot);
+        let (_, number) = self.disks.remove(position);
+        let function = self.pci.lock().remove(number);
         // Outside of the lock: dropping joins the worker, which may wait for the disk.
         drop(function);
         Ok(())
@@ -228,7 +228,7 @@ fn add_devices(
     bus: &mut PciBus,
     builder: &FunctionBuilder,
     devices: crate::config::Devices,
-) -> Result<Vec<(DiskId, SlotNumber)>, MachineError> {
+) -> Result<Vec<(DiskId, FunctionNumber)>, MachineError> {
     let crate::config::Devices { vsock, guest_cid, disks, interfaces } = devices;
     builder.add(bus, Box::new(Rng::new().map_err(MachineError::Rng)?))?;
     builder.add(bus, Box::new(Vsock::new(vsock, guest_cid).map_err(MachineError::Vsock)?))?;
@@ -259,13 +259,13 @@ struct FunctionBuilder {
 }
 
 impl FunctionBuilder {
-    fn add(&self, bus: &mut PciBus, device: Box<dyn VirtioDevice>) -> Result<SlotNumber, MachineError> {
-        let slot = bus.free_slot().map_err(|error| MachineError::Bus(device.name(), error))?;
+    fn add(&self, bus: &mut PciBus, device: Box<dyn VirtioDevice>) -> Result<FunctionNumber, MachineError> {
+        let number = bus.free_place().map_err(|error| MachineError::Bus(device.name(), error))?;
         let vectors = Box::new(KvmVectors::new(Arc::clone(&self.routes)));
         let notifications = Box::new(KvmNotifications(Arc::clone(&self.vm)));
-        let function = VirtioFunction::new(device, self.memory.clone(), slot.initial_bar(), vectors, notifications);
-        bus.insert(slot, Box::new(function));
-        Ok(slot)
+        let function = VirtioFunction::new(device, self.memory.clone(), number.initial_bar(), vectors, notifications);
+        bus.insert(number, Box::new(function));
+        Ok(number)
     }
 }
 

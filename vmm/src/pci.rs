@@ -10,8 +10,9 @@ mod host_bridge;
 mod msix;
 mod transport;
 
-pub use bus::{PciBus, PciError, SlotNumber};
+pub use bus::{FunctionNumber, PciBus, PciError};
 pub use host_bridge::HostBridge;
+use host_bridge::Placeholder;
 pub use msix::{MsiMessage, VectorBackend};
 pub use transport::{BAR_SIZE, Notifications, VirtioFunction};
 

@@ -1,21 +1,38 @@
 //! Bus 0: which functions there are, and who answers an access.
+//!
+//! Devices 1 to 15 have one function each. When they are taken, devices 16 to 31 take seven each: functions 1 to 7, beside a
+//! function 0 that only holds the device's place, because Linux looks at the others only if there is one.
+
+use std::collections::BTreeMap;
 
 use isopod_proto::ErrorKind;
 
-use super::{BAR_SIZE, PciFunction};
+use super::{BAR_SIZE, PciFunction, Placeholder};
 use crate::layout;
 
-/// Devices on a bus.
-const SLOTS: usize = 32;
 const FUNCTION_BYTES: u64 = 4096;
-const FUNCTIONS_PER_SLOT: u64 = 8;
+const FUNCTIONS: u8 = 8;
+const SINGLE_DEVICES: std::ops::RangeInclusive<u8> = 1..=15;
+const MULTI_DEVICES: std::ops::RangeInclusive<u8> = 16..=31;
+/// Functions that can be added to the bus.
+pub const CAPACITY: usize = 15 + 16 * 7;
 
-/// A device number on bus 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotNumber(u8);
+/// A function of bus 0: its device number times 8, and its function number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FunctionNumber(u8);
 
-impl SlotNumber {
-    /// Where a function's BAR is until the guest moves it: a place of its own for each slot.
+impl FunctionNumber {
+    const HOST_BRIDGE: Self = Self(0);
+
+    fn new(device: u8, function: u8) -> Self {
+        Self(device * FUNCTIONS + function)
+    }
+
+    fn first_of_device(self) -> Self {
+        Self(self.0 / FUNCTIONS * FUNCTIONS)
+    }
+
+    /// Where a function's BAR is until the guest moves it: a place of its own for each.
     pub fn initial_bar(self) -> u32 {
         layout::PCI_WINDOW as u32 + u32::from(self.0) * BAR_SIZE as u32
     }
@@ -24,8 +41,8 @@ impl SlotNumber {
 /// Why a function cannot be added.
 #[derive(Debug, thiserror::Error)]
 pub enum PciError {
-    /// All device numbers are taken.
-    #[error("all {} device slots of the PCI bus are taken", SLOTS - 1)]
+    /// All function numbers are taken.
+    #[error("all {CAPACITY} places on the PCI bus are taken")]
     Full,
 }
 
@@ -38,38 +55,42 @@ impl PciError {
     }
 }
 
-/// The functions of bus 0, each function 0 of its device.
+/// The functions of bus 0.
 pub struct PciBus {
-    slots: [Option<Box<dyn PciFunction>>; SLOTS],
+    functions: BTreeMap<FunctionNumber, Box<dyn PciFunction>>,
 }
 
 impl PciBus {
-    /// A bus with only `host_bridge`, in slot 0.
+    /// A bus with only `host_bridge`, at 00.0.
     pub fn new(host_bridge: Box<dyn PciFunction>) -> Self {
-        let mut slots = [const { None }; SLOTS];
-        slots[0] = Some(host_bridge);
-        Self { slots }
+        Self { functions: BTreeMap::from([(FunctionNumber::HOST_BRIDGE, host_bridge)]) }
     }
 
-    /// A slot with nothing in it.
-    pub fn free_slot(&self) -> Result<SlotNumber, PciError> {
-        let slot = self.slots.iter().position(Option::is_none).ok_or(PciError::Full)?;
-        Ok(SlotNumber(slot as u8))
+    /// A place with nothing in it.
+    pub fn free_place(&self) -> Result<FunctionNumber, PciError> {
+        let single = SINGLE_DEVICES.map(|device| FunctionNumber::new(device, 0));
+        let multi =
+            MULTI_DEVICES.flat_map(|device| (1..FUNCTIONS).map(move |function| FunctionNumber::new(device, function)));
+        single.chain(multi).find(|number| !self.functions.contains_key(number)).ok_or(PciError::Full)
     }
 
-    /// Puts `function` into `slot`, where the guest finds it when it next scans the bus.
-    pub fn insert(&mut self, slot: SlotNumber, function: Box<dyn PciFunction>) {
-        self.slots[usize::from(slot.0)] = Some(function);
+    /// Puts `function` at `number`, where the guest finds it when it next scans the bus.
+    pub fn insert(&mut self, number: FunctionNumber, function: Box<dyn PciFunction>) {
+        let first = number.first_of_device();
+        if first != number {
+            self.functions.entry(first).or_insert_with(|| Box::new(Placeholder::new()));
+        }
+        self.functions.insert(number, function);
     }
 
-    /// Takes the function out of `slot`: from then on the guest reads ones there.
-    pub fn remove(&mut self, slot: SlotNumber) -> Option<Box<dyn PciFunction>> {
-        self.slots[usize::from(slot.0)].take()
+    /// Takes the function at `number` away: from then on the guest reads ones there.
+    pub fn remove(&mut self, number: FunctionNumber) -> Option<Box<dyn PciFunction>> {
+        self.functions.remove(&number)
     }
 
-    /// Takes all functions out.
+    /// Takes all functions away.
     pub fn clear(&mut self) {
-        self.slots.fill_with(|| None);
+        self.functions.clear();
     }
 
     /// Reads guest-physical `address` in the PCI window or in configuration space. What nobody answers reads as ones.
@@ -95,15 +116,15 @@ impl PciBus {
     fn config_target(&mut self, address: u64, length: usize) -> Option<(&mut Box<dyn PciFunction>, u16)> {
         let place = address.checked_sub(layout::ECAM).filter(|place| *place < layout::ECAM_SIZE)?;
         let (number, offset) = (place / FUNCTION_BYTES, place % FUNCTION_BYTES);
-        if number % FUNCTIONS_PER_SLOT != 0 || offset % 4 + length as u64 > 4 {
+        if offset % 4 + length as u64 > 4 {
             return None;
         }
-        let function = self.slots[(number / FUNCTIONS_PER_SLOT) as usize].as_mut()?;
+        let function = self.functions.get_mut(&FunctionNumber(number as u8))?;
         Some((function, offset as u16))
     }
 
     fn memory_target(&mut self, address: u64) -> Option<(&mut Box<dyn PciFunction>, u64)> {
-        self.slots.iter_mut().flatten().find_map(|function| {
+        self.functions.values_mut().find_map(|function| {
             let offset = address.checked_sub(function.memory_bar()?)?;
             (offset < BAR_SIZE).then_some((function, offset))
         })
@@ -143,16 +164,37 @@ mod tests {
     }
 
     #[test]
-    fn slots_run_out_and_come_back() {
+    fn places_run_out_and_come_back() {
         let mut bus = PciBus::new(Box::new(HostBridge::new()));
         let mut bars = std::collections::BTreeSet::new();
-        for _ in 1..SLOTS {
-            let slot = bus.free_slot().expect("a free slot");
-            assert!(bars.insert(slot.initial_bar()));
-            bus.insert(slot, Box::new(HostBridge::new()));
+        for _ in 0..CAPACITY {
+            let place = bus.free_place().expect("a free place");
+            assert!(bars.insert(place.initial_bar()));
+            bus.insert(place, Box::new(HostBridge::new()));
         }
-        assert!(matches!(bus.free_slot(), Err(PciError::Full)));
-        assert!(bus.remove(SlotNumber(7)).is_some());
-        assert_eq!(bus.free_slot().expect("freed"), SlotNumber(7));
+        assert!(
+            u64::from(bars.last().expect("many") - bars.first().expect("many"))
+                < layout::PCI_WINDOW_END - layout::PCI_WINDOW
+        );
+        assert!(matches!(bus.free_place(), Err(PciError::Full)));
+        for number in [FunctionNumber::new(7, 0), FunctionNumber::new(20, 3)] {
+            assert!(bus.remove(number).is_some());
+            assert_eq!(bus.free_place().expect("freed"), number);
+            bus.insert(number, Box::new(HostBridge::new()));
+        }
+    }
+
+    #[test]
+    fn a_device_with_several_functions_says_so_in_function_0_even_when_the_others_are_gone() {
+        let mut bus = PciBus::new(Box::new(HostBridge::new()));
+        let number = FunctionNumber::new(16, 2);
+        bus.insert(number, Box::new(HostBridge::new()));
+        let config = |function: u64| layout::ECAM + (16 * 8 + function) * FUNCTION_BYTES;
+        for _ in 0..2 {
+            assert_eq!(read(&mut bus, config(0) + 0xe, 1), [0x80]);
+            assert_eq!(read(&mut bus, config(1), 4), [0xff; 4]);
+            bus.remove(number);
+        }
+        assert_eq!(read(&mut bus, config(2), 4), [0xff; 4]);
     }
 }

@@ -10,6 +10,8 @@ pub const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | (1 << 2) | (1 << 10);
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
+const HEADER_TYPE: usize = 0x0e;
+const HEADER_MULTIFUNCTION: u8 = 1 << 7;
 /// Offset of the first base address register.
 pub const BAR0: u16 = 0x10;
 const CAPABILITY_POINTER: usize = 0x34;
@@ -54,6 +56,11 @@ impl ConfigSpace {
         space.set(0x2e, &identity.subsystem.to_le_bytes());
         space.allow(COMMAND.into(), &COMMAND_WRITABLE.to_le_bytes());
         space
+    }
+
+    /// Tells that the device has functions beside this one, its function 0.
+    pub fn set_multifunction(&mut self) {
+        self.set(HEADER_TYPE, &[HEADER_MULTIFUNCTION]);
     }
 
     /// Makes BAR 0 a 32-bit memory BAR of `size` bytes, a power of two, at `address`. Writing ones to it then reads back as
