@@ -55,12 +55,22 @@ impl Channel {
         }
     }
 
+    /// How many bytes the message that has begun still needs. More are never read at once: a read that goes over into the next
+    /// message would bring that one's descriptors.
+    fn wanted(&self) -> usize {
+        match self.bytes.first_chunk::<4>() {
+            None => 4 - self.bytes.len(),
+            Some(prefix) => 4 + u32::from_le_bytes(*prefix) as usize - self.bytes.len(),
+        }
+    }
+
     fn receive_some(&mut self) -> io::Result<usize> {
         let mut buffer = [0; 4096];
+        let limit = self.wanted().min(buffer.len());
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::io::retry_on_intr(|| {
-            recvmsg(&self.socket, &mut [IoSliceMut::new(&mut buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)
+            recvmsg(&self.socket, &mut [IoSliceMut::new(&mut buffer[..limit])], &mut control, RecvFlags::CMSG_CLOEXEC)
         })?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
