@@ -1,9 +1,14 @@
 //! Boots a kernel and an initramfs with the real `isopod-vmm` and tells what happened and what it cost: for looking into a
 //! boot that failed, and for measuring.
 //!
-//! `boot [options] VMLINUX INITRAMFS` with `--vcpus N`, `--memory MiB`, `--cmdline TEXT`, `--verbose`, `--disk FILE` (read-write),
-//! `--add-disk FILE` (read-only, after the agent's hello), `--tap NAME`, `--seconds N` (deadline, default 60), `--keep` (run on
-//! after the hello), `--vmm FILE` (default: beside this program's folder).
+//! `boot [options] VMLINUX INITRAMFS`, where the options are
+//!
+//! * `--vcpus N`, `--memory MiB`, `--cmdline TEXT`, `--verbose`: as in the configuration;
+//! * `--disk FILE`: a read-write disk; may be repeated;
+//! * `--add-disk FILE`: a read-only disk, added when the console shows `ADD DISK`, removed when it shows `REMOVE DISK`;
+//! * `--tap NAME`: a network interface;
+//! * `--seconds N`: a deadline (default 60); `--keep`: run on after the agent's hello;
+//! * `--vmm FILE`: the `isopod-vmm` (default: in the folder above this program's).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, IoSlice, Read, Seek, Write};
@@ -17,8 +22,8 @@ use std::time::{Duration, Instant};
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, Console, ControlReply, ControlRequest, Disk, Info, NetworkInterface, Segment, Stop, VmConfig, VmExit,
-    VmInfo,
+    self as wire, AddDisk, ControlReply, ControlRequest, Disk, Info, NetworkInterface, RemoveDisk, Segment, Stop,
+    VmConfig, VmExit, VmInfo,
 };
 use isopod_proto::{HELLO_PORT, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
 use prost::Message;
@@ -97,28 +102,39 @@ fn main() -> Outcome<()> {
     let options = options()?;
     let folder = tempfile::tempdir()?;
     let mut vmm = start(&options, folder.path())?;
-    let hello = wait_for_hello(&mut vmm, options.limit)?;
-    match hello {
-        Some(after) => println!("hello from the agent after {:.3} s", after.as_secs_f64()),
-        None => println!("no hello after {:.3} s", vmm.started.elapsed().as_secs_f64()),
-    }
-    if vmm.child.try_wait()?.is_none() {
-        let info = info(&vmm)?;
-        println!("user-space exits: {}; disks: {}", info.userspace_exits, info.disk_ids.join(" "));
-        println!("private memory of the VMM without the guest's: {} KiB", private_kib(vmm.child.id(), options.memory)?);
-        if let Some(disk) = &options.added_disk {
+    let mut hello = BufReader::new(UnixStream::connect(&vmm.vsock)?);
+    writeln!(hello.get_mut(), "ACCEPT {HELLO_PORT}")?;
+    hello.get_mut().set_read_timeout(Some(Duration::from_millis(20)))?;
+    let mut console = Console::default();
+    let mut seen = false;
+    while vmm.child.try_wait()?.is_none() && vmm.started.elapsed() < options.limit {
+        if !seen && hello_is_there(&mut hello) {
+            seen = true;
+            println!("hello from the agent after {:.3} s", vmm.started.elapsed().as_secs_f64());
+            show_costs(&vmm, options.memory)?;
+            if !options.keep {
+                break;
+            }
+        }
+        // Errors: the VM has just ended.
+        let _ = console.show(&vmm);
+        if let Some(disk) = options.added_disk.as_ref().filter(|_| console.shows_for_the_first_time("ADD DISK")) {
             add_disk(&vmm, disk)?;
-            println!("added {}", disk.display());
+            println!("[added {}]", disk.display());
+        }
+        if console.shows_for_the_first_time("REMOVE DISK") {
+            call(&vmm, Request::RemoveDisk(RemoveDisk { id: "added".into() }), &[])?;
+            println!("[removed it]");
         }
     }
-    let mut shown = 0;
-    while (options.keep || hello.is_none()) && vmm.child.try_wait()?.is_none() && vmm.started.elapsed() < options.limit
-    {
-        show_console(&vmm, &mut shown);
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    show_console(&vmm, &mut shown);
+    end(vmm, &mut console, options.memory)
+}
+
+/// Shows what is left on the console, stops the VM if it runs, and tells how it ended.
+fn end(mut vmm: Vmm, console: &mut Console, memory: u64) -> Outcome<()> {
     if vmm.child.try_wait()?.is_none() {
+        console.show(&vmm)?;
+        show_costs(&vmm, memory)?;
         let _ = call(&vmm, Request::Stop(Stop {}), &[])?;
     }
     let status = vmm.child.wait()?;
@@ -131,6 +147,47 @@ fn main() -> Outcome<()> {
         print!("{}", String::from_utf8_lossy(&exit.console));
     }
     Ok(())
+}
+
+fn show_costs(vmm: &Vmm, memory: u64) -> Outcome<()> {
+    let info = info(vmm)?;
+    println!("user-space exits: {}; disks: {}", info.userspace_exits, info.disk_ids.join(" "));
+    println!("private memory of the VMM without the guest's: {} KiB", private_kib(vmm.child.id(), memory)?);
+    Ok(())
+}
+
+/// The VM's console as far as it was shown, and which words in it were reacted to.
+#[derive(Default)]
+struct Console {
+    text: String,
+    done: Vec<&'static str>,
+}
+
+impl Console {
+    /// Prints what is new.
+    fn show(&mut self, vmm: &Vmm) -> Outcome<()> {
+        if let Reply::Console(console) = call(vmm, Request::Console(wire::Console {}), &[])? {
+            let text = String::from_utf8_lossy(&console.bytes).into_owned();
+            print!("{}", text.get(self.text.len()..).unwrap_or_default());
+            self.text = text;
+            std::io::stdout().flush()?;
+        }
+        Ok(())
+    }
+
+    fn shows_for_the_first_time(&mut self, word: &'static str) -> bool {
+        let now = self.text.contains(word) && !self.done.contains(&word);
+        if now {
+            self.done.push(word);
+        }
+        now
+    }
+}
+
+/// Whether the agent has connected.
+fn hello_is_there(from: &mut BufReader<UnixStream>) -> bool {
+    let mut line = String::new();
+    matches!(from.read_line(&mut line), Ok(_) if line.starts_with("OK"))
 }
 
 fn start(options: &Options, folder: &std::path::Path) -> Outcome<Vmm> {
@@ -175,23 +232,6 @@ fn start(options: &Options, folder: &std::path::Path) -> Outcome<Vmm> {
     Ok(Vmm { child, control, vsock, record, started })
 }
 
-/// Waits for the agent's connection, or for the VMM's end. How long it took.
-fn wait_for_hello(vmm: &mut Vmm, limit: Duration) -> Outcome<Option<Duration>> {
-    let mut stream = UnixStream::connect(&vmm.vsock)?;
-    writeln!(stream, "ACCEPT {HELLO_PORT}")?;
-    stream.set_read_timeout(Some(Duration::from_millis(50)))?;
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    while vmm.started.elapsed() < limit && vmm.child.try_wait()?.is_none() {
-        match reader.read_line(&mut line) {
-            Ok(_) if line.starts_with("OK") => return Ok(Some(vmm.started.elapsed())),
-            Ok(0) => return Ok(None),
-            _ => {}
-        }
-    }
-    Ok(None)
-}
-
 fn call(vmm: &Vmm, request: Request, files: &[File]) -> Outcome<Reply> {
     let mut stream = UnixStream::connect(&vmm.control)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -233,15 +273,6 @@ fn add_disk(vmm: &Vmm, path: &PathBuf) -> Outcome<()> {
     let length = file.metadata()?.len() / 512 * 512;
     let disk = Disk { id: "added".into(), readonly: true, segments: vec![Segment { fd: 0, offset: 0, length }] };
     call(vmm, Request::AddDisk(AddDisk { disk: Some(disk) }), &[file]).map(drop)
-}
-
-/// Prints what is new on the console.
-fn show_console(vmm: &Vmm, shown: &mut usize) {
-    if let Ok(Reply::Console(console)) = call(vmm, Request::Console(Console {}), &[]) {
-        print!("{}", String::from_utf8_lossy(console.bytes.get(*shown..).unwrap_or_default()));
-        *shown = console.bytes.len();
-        let _ = std::io::stdout().flush();
-    }
 }
 
 /// KiB of private pages, without the mapping that is the guest's memory.
