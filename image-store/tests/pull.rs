@@ -446,3 +446,41 @@ async fn root_a_full_disk_is_told_and_leaves_nothing() {
     left.unwrap();
     after.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_the_kernel_shows_each_layer_as_a_partition() {
+    if !support::root() || !support::have("sfdisk") {
+        return;
+    }
+    let registry = Registry::start().await;
+    let root = TempDir::new().unwrap();
+    let store = registry.store(root.path());
+    registry.put_image("a", "1", &[layer(1), layer(2), layer(1)]);
+    let id = store.pull(NAME, &Auth::Anonymous).await.unwrap();
+    let path = root.path().join("disk").to_str().unwrap().to_owned();
+    let mut disk = std::fs::File::create(&path).unwrap();
+    let mut starts = Vec::new();
+    let mut position = 0;
+    for segment in store.disk(&id).unwrap().segments {
+        assert_eq!((segment.offset % 512, segment.length % 512), (0, 0));
+        starts.push(position);
+        position += segment.length;
+        use std::io::{Read, Seek, SeekFrom, copy};
+        let mut file = segment.file;
+        file.seek(SeekFrom::Start(segment.offset)).unwrap();
+        copy(&mut file.take(segment.length), &mut disk).unwrap();
+    }
+    support::run("sfdisk", &["--verify", &path]);
+    let table = support::run("sfdisk", &["--dump", &path]);
+    for start in &starts[1..4] {
+        assert!(table.contains(&format!("start={:>12}", start / 512)), "{table} does not have {start}");
+    }
+    assert_eq!(table.matches("type=0FC63DAF-8483-4772-8E79-3D69D8477DE4").count(), 3);
+    let mount = root.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let options = format!("loop,ro,offset={},sizelimit={}", starts[2], starts[3] - starts[2]);
+    support::run("mount", &["-t", "erofs", "-o", &options, &path, mount.to_str().unwrap()]);
+    let read = std::fs::read(mount.join("etc/noise"));
+    support::run("umount", &[mount.to_str().unwrap()]);
+    assert_eq!(read.unwrap(), noise(300_000, 2));
+}

@@ -55,7 +55,7 @@ impl ErofsWriter {
             self.pad_to(start + place.nid * SLOT)?;
             self.write_inode(tree, &layout, *id, index)?;
         }
-        self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))?;
+        self.pad_to(start + layout.metadata_bytes)?;
         for id in &layout.order {
             self.write_blocks(tree, &layout, *id)?;
         }
@@ -134,9 +134,12 @@ impl ErofsWriter {
     }
 
     fn pad_to(&mut self, position: u64) -> io::Result<()> {
-        // Never more than a block.
         let zeros = [0; BLOCK_SIZE];
-        self.write(&zeros[..(position - self.position) as usize])
+        while self.position < position {
+            let length = (position - self.position).min(BLOCK_SIZE as u64);
+            self.write(&zeros[..length as usize])?;
+        }
+        Ok(())
     }
 }
 
@@ -148,6 +151,8 @@ struct Layout {
     places: Vec<Option<Place>>,
     /// By inode number of the tree; for directories.
     parents: Vec<InodeId>,
+    /// Bytes of the metadata area, in whole blocks.
+    metadata_bytes: u64,
 }
 
 #[derive(Clone)]
@@ -165,7 +170,8 @@ impl Layout {
     /// The layout of `tree` with the metadata area at byte `start`.
     fn new(tree: &Tree, start: u64) -> io::Result<Self> {
         let count = tree.inodes.len();
-        let mut layout = Self { order: Vec::new(), places: vec![None; count], parents: vec![ROOT; count] };
+        let mut layout =
+            Self { order: Vec::new(), places: vec![None; count], parents: vec![ROOT; count], metadata_bytes: 0 };
         layout.order.push(ROOT);
         let mut position = u64::from(ROOT_NID) * SLOT;
         layout.places[ROOT.0] = Some(layout.place_inode(&tree.inodes[ROOT.0], &mut position));
@@ -188,7 +194,9 @@ impl Layout {
                 }
             }
         }
-        let mut block = block_number((start + position).next_multiple_of(BLOCK_SIZE as u64))?;
+        // fsck.erofs 1.5 looks for attributes behind the last inode even where there are none.
+        layout.metadata_bytes = (position + SLOT).next_multiple_of(BLOCK_SIZE as u64);
+        let mut block = block_number(start + layout.metadata_bytes)?;
         for id in &layout.order {
             let place = layout.places[id.0].as_mut().expect("all in the order are placed");
             if place.blocks > 0 {

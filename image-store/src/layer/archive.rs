@@ -10,6 +10,7 @@ mod sparse;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::ops::Range;
 
 use tar::{EntryType, Header};
 
@@ -18,6 +19,14 @@ use self::sparse::SparseMap;
 use super::LayerError;
 
 const BLOCK: usize = 512;
+/// Where the numbers are in a header.
+const MODE_FIELD: Range<usize> = 100..108;
+const UID_FIELD: Range<usize> = 108..116;
+const GID_FIELD: Range<usize> = 116..124;
+const SIZE_FIELD: Range<usize> = 124..136;
+const MTIME_FIELD: Range<usize> = 136..148;
+const MAJOR_FIELD: Range<usize> = 329..337;
+const MINOR_FIELD: Range<usize> = 337..345;
 /// Most bytes of a long name or of the PAX records before an entry.
 const MAX_EXTENSION: u64 = 1 << 20;
 
@@ -96,7 +105,8 @@ impl<R: Read> TarReader<R> {
                 }
                 return Ok(None);
             };
-            let size = header.entry_size().map_err(|_| self.malformed("a size that is no number"))?;
+            let size = number(&header, SIZE_FIELD, header.entry_size());
+            let size = size.ok_or_else(|| self.malformed("a size that is no number"))?;
             match header.entry_type() {
                 EntryType::GNULongName => long_name = Some(until_nul(self.extension(size)?)),
                 EntryType::GNULongLink => long_link = Some(until_nul(self.extension(size)?)),
@@ -170,14 +180,13 @@ impl<R: Read> TarReader<R> {
         long_link: Option<Vec<u8>>,
         mut records: Records,
     ) -> Result<TarEntry, LayerError> {
-        let field = |this: &Self, what: &'static str| this.malformed(what);
         let path = records.path.take().or(long_name).unwrap_or_else(|| header.path_bytes().into_owned());
         let link = records.link.take().or(long_link);
         let link = link.unwrap_or_else(|| header.link_name_bytes().map(|link| link.into_owned()).unwrap_or_default());
         let device = |this: &Self| -> Result<(u32, u32), LayerError> {
-            let major = header.device_major().map_err(|_| this.malformed("a device number that is no number"))?;
-            let minor = header.device_minor().map_err(|_| this.malformed("a device number that is no number"))?;
-            Ok((major.unwrap_or(0), minor.unwrap_or(0)))
+            let major = number(header, MAJOR_FIELD, header.device_major().map(Option::unwrap_or_default));
+            let minor = number(header, MINOR_FIELD, header.device_minor().map(Option::unwrap_or_default));
+            major.zip(minor).ok_or_else(|| this.malformed("a device number that is no number"))
         };
         let kind = match header.entry_type() {
             EntryType::Regular if header.as_ustar().is_none() && header.as_gnu().is_none() && path.ends_with(b"/") => {
@@ -199,17 +208,21 @@ impl<R: Read> TarReader<R> {
                 return Err(LayerError::entry(&path, problem));
             }
         };
-        let id = |value: Option<u64>, field: io::Result<u64>, what: &'static str| -> Result<u32, LayerError> {
-            let value = value.or_else(|| field.ok());
+        let id = |value: Option<u64>, field: Option<u64>, what: &'static str| -> Result<u32, LayerError> {
+            let value = value.or(field);
             value.and_then(|id| u32::try_from(id).ok()).ok_or_else(|| LayerError::entry(&path, what.to_owned()))
         };
-        let uid = id(records.uid, header.uid(), "has no valid user id")?;
-        let gid = id(records.gid, header.gid(), "has no valid group id")?;
-        let mode = header.mode().map_err(|_| field(self, "a mode that is no number"))?;
+        let uid = id(records.uid, number(header, UID_FIELD, header.uid()), "has no valid user id")?;
+        let gid = id(records.gid, number(header, GID_FIELD, header.gid()), "has no valid group id")?;
+        let mode = number(header, MODE_FIELD, header.mode());
+        let mode = mode.ok_or_else(|| self.malformed("a mode that is no number"))?;
         let (mtime, mtime_nanos) = match records.mtime {
             Some(mtime) => mtime,
             // Negative times in base 256 come out above i64::MAX.
-            None => (header.mtime().map_err(|_| field(self, "a time that is no number"))?.cast_signed(), 0),
+            None => {
+                let mtime = number(header, MTIME_FIELD, header.mtime());
+                (mtime.ok_or_else(|| self.malformed("a time that is no number"))?.cast_signed(), 0)
+            }
         };
         let path = records.sparse.name.take().unwrap_or(path);
         Ok(TarEntry { path, kind, mode: (mode & 0o7777) as u16, uid, gid, mtime, mtime_nanos, xattrs: records.xattrs })
@@ -328,6 +341,12 @@ impl EntryData {
     fn stored(stored: u64) -> Self {
         Self { stored, padding: padding(stored), ..Self::default() }
     }
+}
+
+/// A header's number: `parsed`, or 0 if its field is blank, as some writers leave those that mean nothing.
+fn number<T: Default>(header: &Header, field: Range<usize>, parsed: io::Result<T>) -> Option<T> {
+    let blank = header.as_bytes()[field].iter().all(|byte| matches!(byte, 0 | b' '));
+    if blank { Some(T::default()) } else { parsed.ok() }
 }
 
 /// Bytes from the end of `size` bytes to the next block.
