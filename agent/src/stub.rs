@@ -104,7 +104,7 @@ fn become_process(channel: &mut Channel, launch: &Launch, descriptors: &Descript
     }
     let program = launch.program.as_ref();
     let program = program.ok_or_else(|| Error::new(ErrorKind::Internal, "the launch has no program"))?;
-    program::run(channel, program, descriptors)
+    program::run(channel, launch.role(), program, descriptors)
 }
 
 fn report(channel: &Channel, event: Event, descriptors: &[BorrowedFd<'_>]) -> Result<()> {

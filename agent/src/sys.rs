@@ -102,10 +102,14 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
 
 /// Gives every signal its default action and unblocks all of them.
 pub fn reset_signals() {
+    // struct kernel_sigaction of x86-64: handler (0 is SIG_DFL), flags, restorer, mask. glibc's own call leaves out the two
+    // signals that it keeps for itself.
+    let default = [0u64; 4];
+    let no_old = std::ptr::null_mut::<u64>();
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL installs no handler. SIGKILL, SIGSTOP and the signals glibc keeps for itself are refused with
-        // EINVAL, which is as it should be.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: `default` has the size of the kernel's structure, and SIG_DFL installs no handler. SIGKILL and SIGSTOP are
+        // refused with EINVAL, which is as it should be.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), no_old, size_of::<u64>()) };
     }
     // SAFETY: an all-zero sigset_t is a valid value for sigemptyset to overwrite.
     let mut none: libc::sigset_t = unsafe { std::mem::zeroed() };

@@ -132,6 +132,16 @@ fn fill_dev(root: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
     Ok(())
 }
 
+/// Makes the terminal `slave` the container's /dev/console, in a root that has been entered.
+pub fn attach_console(slave: &OwnedFd) -> Result<()> {
+    let text = || "attach the terminal at /dev/console";
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context(text)?;
+    let place = beneath::make(root.as_fd(), "/dev/console", Make::File(Mode::from_raw_mode(0o600))).context(text)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = rustix::mount::open_tree(slave, "", flags).context(text)?;
+    attach(&tree, place.descriptor.as_fd()).context(text)
+}
+
 /// Opens what is to be protected; a path that is not there needs no protection.
 fn open_existing(root: BorrowedFd<'_>, path: &str) -> Result<Option<OwnedFd>> {
     match beneath::open(root, path, OFlags::PATH) {

@@ -13,8 +13,8 @@ use rustix::process::Rlimit;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::channel::Channel;
-use super::message::{CapabilityBits, Descriptor, Event, Program};
-use super::{Descriptors, report, wait_for_go};
+use super::message::{CapabilityBits, Descriptor, Event, Program, Role};
+use super::{Descriptors, mounts, report, wait_for_go};
 use crate::beneath::{self, Make};
 use crate::error::{Context as _, Error, Result};
 use crate::{limits, sys};
@@ -23,11 +23,14 @@ use crate::{limits, sys};
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Prepares `program`, reports ready, waits for the go and becomes it. Returns only on failure, or if the agent has gone.
-pub(super) fn run(channel: &mut Channel, program: &Program, descriptors: &Descriptors) -> Result<()> {
+pub(super) fn run(channel: &mut Channel, role: Role, program: &Program, descriptors: &Descriptors) -> Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     enter_cwd(program)?;
     let streams = if program.terminal {
         let (master, slave) = open_terminal(program)?;
+        if role == Role::Container {
+            mounts::attach_console(&slave)?;
+        }
         report(channel, Event::Ready(true), &[master.as_fd()])?;
         Streams::Terminal(slave)
     } else {
@@ -99,8 +102,7 @@ fn enter_cwd(program: &Program) -> Result<()> {
     rustix::process::fchdir(&made.descriptor).context(text).map_err(|error| error.with_kind(ErrorKind::InvalidArgument))
 }
 
-/// A new terminal of the container's devpts: master and slave. In a container that was first made with a terminal, the slave
-/// also becomes /dev/console.
+/// A new terminal of the container's devpts: master and slave.
 fn open_terminal(program: &Program) -> Result<(OwnedFd, OwnedFd)> {
     let text = || "open a terminal in the container's /dev/pts";
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
