@@ -73,15 +73,17 @@ pub fn path_of(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
 pub fn make(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
     let relative = path_of(parent, id)?;
     let path = root().ok_or(CgroupError::NoHierarchy)?.join(relative);
-    std::fs::create_dir_all(&path)
-        .map_err(|source| CgroupError::Io { doing: "make", path: path.clone(), source })?;
+    std::fs::create_dir_all(&path).map_err(|source| CgroupError::Io { doing: "make", path: path.clone(), source })?;
     Ok(path)
 }
 
 /// Moves the process `pid` into the cgroup at `path`.
 pub fn enter(path: &Path, pid: i32) -> Result<(), CgroupError> {
-    std::fs::write(path.join("cgroup.procs"), pid.to_string())
-        .map_err(|source| CgroupError::Io { doing: "move the VMM into", path: path.into(), source })
+    std::fs::write(path.join("cgroup.procs"), pid.to_string()).map_err(|source| CgroupError::Io {
+        doing: "move the VMM into",
+        path: path.into(),
+        source,
+    })
 }
 
 /// Removes the cgroup. Its last process may just have ended, which takes the kernel a moment to notice.
@@ -108,7 +110,8 @@ mod tests {
 
     #[test]
     fn the_hierarchy_is_found_among_the_mounts() {
-        let mounts = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+        let mounts =
+            "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
         assert_eq!(mounted(mounts), Some("/sys/fs/cgroup".into()));
         assert_eq!(mounted("proc /proc proc rw 0 0\n"), None);
     }

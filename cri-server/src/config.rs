@@ -231,7 +231,8 @@ impl Config {
         };
         let state = mistakes.absolute("state", raw.state.unwrap_or_else(|| "/run/isopod".into()));
         if state.as_os_str().len() > MAX_STATE_DIR {
-            mistakes.add("state", format!("longer than {MAX_STATE_DIR} bytes, so its sockets would have no valid name"));
+            mistakes
+                .add("state", format!("longer than {MAX_STATE_DIR} bytes, so its sockets would have no valid name"));
         }
         let config = Self {
             socket,
@@ -279,7 +280,8 @@ fn check_images(raw: RawImages, mistakes: &mut Mistakes) -> ImagesConfig {
     }
     ImagesConfig {
         mirrors: raw.mirrors,
-        max_layer_bytes: mistakes.within("images.max_layer_mib", raw.max_layer_mib.unwrap_or(16 * 1024), 1, 1 << 24) * MIB,
+        max_layer_bytes: mistakes.within("images.max_layer_mib", raw.max_layer_mib.unwrap_or(16 * 1024), 1, 1 << 24)
+            * MIB,
         concurrent_layers: mistakes.within("images.concurrent_layers", raw.concurrent_layers.unwrap_or(3).into(), 1, 64)
             as usize,
         progress_timeout: Duration::from_secs(mistakes.within(

@@ -1,6 +1,8 @@
 //! The CRI services: thin handlers between the wire and the rest of the daemon.
 
+mod convert;
 mod image;
+mod runtime;
 pub mod status;
 
 use std::pin::Pin;
@@ -11,6 +13,8 @@ use tonic::Status;
 use tracing::Instrument;
 
 pub use image::Images;
+pub use runtime::Sandboxes;
+pub use status::Failure;
 
 /// The answer of a streaming list.
 pub type Batches<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;

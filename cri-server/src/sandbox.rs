@@ -17,7 +17,7 @@ pub mod resources;
 pub mod scratch;
 pub mod size;
 
-mod exec;
+pub mod exec;
 mod monitor;
 mod operations;
 
@@ -203,6 +203,9 @@ pub enum SandboxError {
         /// How long.
         seconds: u64,
     },
+    /// The same error, for several who asked for the same.
+    #[error(transparent)]
+    Shared(std::sync::Arc<SandboxError>),
     /// The driver or a thread is gone.
     #[error("the sandbox's driver has ended")]
     Ended,
@@ -224,6 +227,7 @@ impl SandboxError {
             Self::Log(error) => error.kind(),
             Self::Release { .. } => ErrorKind::Internal,
             Self::Late { .. } => ErrorKind::DeadlineExceeded,
+            Self::Shared(error) => error.kind(),
             Self::Ended => ErrorKind::Unavailable,
         }
     }

@@ -240,9 +240,12 @@ impl Store {
 /// An address of `first..=last` that is not in `taken`, which is sorted: the one after the highest taken, so that an
 /// address rests before it is used again; else the lowest free one.
 fn choose_address(taken: &[u32], first: u32, last: u32) -> Option<u32> {
-    let next = taken.iter().copied().filter(|address| (first..=last).contains(address)).max().map_or(first, |highest| {
-        highest.saturating_add(1)
-    });
+    let next = taken
+        .iter()
+        .copied()
+        .filter(|address| (first..=last).contains(address))
+        .max()
+        .map_or(first, |highest| highest.saturating_add(1));
     if next <= last {
         return Some(next);
     }

@@ -75,7 +75,8 @@ pub fn of(privileged: bool, wanted: &cri::Capability) -> Result<Capabilities, Sp
     }
     let add = parse("linux.security_context.capabilities.add_capabilities", &wanted.add_capabilities)?;
     let drop = parse("linux.security_context.capabilities.drop_capabilities", &wanted.drop_capabilities)?;
-    let ambient = parse("linux.security_context.capabilities.add_ambient_capabilities", &wanted.add_ambient_capabilities)?;
+    let ambient =
+        parse("linux.security_context.capabilities.add_ambient_capabilities", &wanted.add_ambient_capabilities)?;
     if ambient.all {
         return Ok(sets(|_| true, &ALL));
     }

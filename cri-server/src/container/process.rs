@@ -87,11 +87,7 @@ fn command_line(config: &cri::ContainerConfig, image: &ImageConfig) -> Result<Ve
 }
 
 /// HOSTNAME and TERM, the image's variables, and the configuration's; of variables with the same name the last one.
-fn environment(
-    config: &cri::ContainerConfig,
-    image: &ImageConfig,
-    hostname: &str,
-) -> Result<Vec<Vec<u8>>, SpecError> {
+fn environment(config: &cri::ContainerConfig, image: &ImageConfig, hostname: &str) -> Result<Vec<Vec<u8>>, SpecError> {
     let mut variables: Vec<Vec<u8>> = Vec::new();
     let mut set = |variable: Vec<u8>| {
         let name = |variable: &[u8]| variable.split(|byte| *byte == b'=').next().map(<[u8]>::to_vec);
@@ -164,12 +160,9 @@ mod tests {
 
     #[test]
     fn a_command_drops_the_images_cmd_and_args_replace_it() {
-        for (command, args, expected) in [
-            ("", "", "/entry a b"),
-            ("", "x", "/entry x"),
-            ("/run", "", "/run"),
-            ("/run", "x y", "/run x y"),
-        ] {
+        for (command, args, expected) in
+            [("", "", "/entry a b"), ("", "x", "/entry x"), ("/run", "", "/run"), ("/run", "x y", "/run x y")]
+        {
             let config = cri::ContainerConfig { command: words(command), args: words(args), ..Default::default() };
             assert_eq!(command_line(&config, &image()), Ok(words(expected)), "{command:?} {args:?}");
         }

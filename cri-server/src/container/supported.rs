@@ -219,7 +219,11 @@ mod tests {
     #[test]
     fn a_mount_of_a_host_path_is_refused_by_its_name() {
         let mut config = container(cri::LinuxContainerSecurityContext::default());
-        config.mounts.push(cri::Mount { host_path: "/srv/data".into(), container_path: "/data".into(), ..Default::default() });
+        config.mounts.push(cri::Mount {
+            host_path: "/srv/data".into(),
+            container_path: "/data".into(),
+            ..Default::default()
+        });
         let error = check(&config).expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Unimplemented);
         assert!(error.to_string().contains("/srv/data") && error.to_string().contains("/data"), "{error}");

@@ -27,6 +27,9 @@ failures!(
     isopod_image_store::StoreError,
     isopod_image_store::AuthError,
     isopod_image_store::ReferenceError,
+    crate::container::SpecError,
+    crate::index::LookupError,
+    crate::sandbox::SandboxError,
 );
 
 /// The code for `kind`.

@@ -39,8 +39,7 @@ impl Guest {
             let mut stream = connect(&self.socket, AGENT_STREAM_PORT).await?;
             let open = StreamOpen { process_id: process.to_owned(), kind: kind.into(), offset };
             stream.write_all(&encode_frame(&open)).await.map_err(failed)?;
-            let opened: StreamOpened =
-                read_frame(&mut stream, &self.socket, MAX_STREAM_HEADER, "StreamOpened").await?;
+            let opened: StreamOpened = read_frame(&mut stream, &self.socket, MAX_STREAM_HEADER, "StreamOpened").await?;
             if opened.error.is_empty() {
                 return Ok(stream);
             }

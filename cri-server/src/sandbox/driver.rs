@@ -164,8 +164,7 @@ impl Driver {
             driver.forget().await;
             return None;
         }
-        driver.containers =
-            containers.into_iter().map(|record| (record.id.clone(), Container::new(record))).collect();
+        driver.containers = containers.into_iter().map(|record| (record.id.clone(), Container::new(record))).collect();
         for container in driver.containers.values() {
             driver.context.index.publish_container(&container.record);
         }
@@ -179,8 +178,12 @@ impl Driver {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
                 driver.disks = driver.containers.values().map(|container| container.record.disk()).collect();
                 driver.watch_vm();
-                let running: Vec<_> =
-                    driver.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+                let running: Vec<_> = driver
+                    .containers
+                    .values()
+                    .filter(|container| container.is_running())
+                    .map(|c| c.record.id.clone())
+                    .collect();
                 for id in running {
                     if let Err(error) = driver.follow(&id) {
                         tracing::error!(container = %id, error = chain(&error), "a container is not followed");

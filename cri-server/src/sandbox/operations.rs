@@ -169,7 +169,8 @@ impl Driver {
 
     /// Takes out the image disks that no container uses any more.
     async fn detach_unused(&mut self) {
-        let used = |disk: &isopod_proto::DiskId| self.containers.values().any(|container| container.record.disk() == *disk);
+        let used =
+            |disk: &isopod_proto::DiskId| self.containers.values().any(|container| container.record.disk() == *disk);
         let unused: Vec<_> = self.disks.iter().filter(|disk| !used(disk)).cloned().collect();
         for disk in unused {
             if self.unplug(&disk).await {
@@ -384,8 +385,12 @@ impl Driver {
     /// StopPodSandbox.
     pub(super) async fn stop(&mut self) -> Result<(), SandboxError> {
         if self.record.phase == SandboxPhase::Ready {
-            let running: Vec<_> =
-                self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+            let running: Vec<_> = self
+                .containers
+                .values()
+                .filter(|container| container.is_running())
+                .map(|c| c.record.id.clone())
+                .collect();
             for id in &running {
                 self.kill_container(id).await;
             }

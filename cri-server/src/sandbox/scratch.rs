@@ -61,12 +61,7 @@ pub fn make(root: &Path, sandbox: &ObjectId, bytes: u64) -> Result<File, Scratch
         move |source| ScratchError::Io { doing, path, source }
     };
     let mut source = File::open(&template).map_err(failed("copy the template to"))?;
-    let mut target = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(failed("make"))?;
+    let mut target = File::options().read(true).write(true).create_new(true).open(&path).map_err(failed("make"))?;
     copy_data(&mut source, &mut target, bytes).map_err(failed("copy the template to"))?;
     Ok(target)
 }

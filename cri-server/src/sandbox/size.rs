@@ -28,10 +28,9 @@ pub fn of(pod: Option<&cri::LinuxPodSandboxConfig>, config: &VmmConfig, host_cpu
 
     let memory_bytes = match natural(resources.memory_limit_in_bytes) {
         0 => config.memory_bytes,
-        limit => limit
-            .saturating_add(natural(overhead.memory_limit_in_bytes))
-            .saturating_add(GUEST_OVERHEAD)
-            .max(LEAST),
+        limit => {
+            limit.saturating_add(natural(overhead.memory_limit_in_bytes)).saturating_add(GUEST_OVERHEAD).max(LEAST)
+        }
     };
     let cpus = |limits: &cri::LinuxContainerResources| match (natural(limits.cpu_quota), natural(limits.cpu_period)) {
         (0, _) | (_, 0) => 0,
@@ -41,10 +40,7 @@ pub fn of(pod: Option<&cri::LinuxPodSandboxConfig>, config: &VmmConfig, host_cpu
         0 => config.vcpus,
         limit => u32::try_from(limit).unwrap_or(u32::MAX).min(host_cpus.max(1)),
     };
-    Size {
-        vcpus: vcpus.clamp(1, 64),
-        memory_bytes: memory_bytes.min(1 << 46).next_multiple_of(STEP),
-    }
+    Size { vcpus: vcpus.clamp(1, 64), memory_bytes: memory_bytes.min(1 << 46).next_multiple_of(STEP) }
 }
 
 #[cfg(test)]

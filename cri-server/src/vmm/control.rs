@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
-use isopod_proto::vmm::{
-    AddDisk, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop,
-};
+use isopod_proto::vmm::{AddDisk, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop};
 use isopod_proto::{DiskId, ErrorKind, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
@@ -84,11 +82,9 @@ fn unexpected(doing: &'static str, reply: &Reply) -> VmmError {
             let message = error.message.chars().take(1000).collect();
             VmmError::Refused { doing, kind: ErrorKind::from_code(error.kind), message }
         }
-        Reply::Done(_) | Reply::Info(_) | Reply::Console(_) => VmmError::Refused {
-            doing,
-            kind: ErrorKind::Internal,
-            message: "it answered another question".to_owned(),
-        },
+        Reply::Done(_) | Reply::Info(_) | Reply::Console(_) => {
+            VmmError::Refused { doing, kind: ErrorKind::Internal, message: "it answered another question".to_owned() }
+        }
     }
 }
 
@@ -145,8 +141,8 @@ mod tests {
             let mut bytes = vec![0; 4096];
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let got =
-                recvmsg(&stream, &mut [io::IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::empty()).expect("read");
+            let got = recvmsg(&stream, &mut [io::IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::empty())
+                .expect("read");
             let mut count = 0;
             for message in ancillary.drain() {
                 if let RecvAncillaryMessage::ScmRights(descriptors) = message {

@@ -100,8 +100,8 @@ impl Vm {
         let (exit, log) = (file("exit")?, file("vmm.log")?);
         let failed = |source: io::Error| VmmError::Spawn { binary: spec.binary.clone(), source };
         let log_again = log.try_clone().map_err(failed)?;
-        let (config_read, config_write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map_err(|error| failed(error.into()))?;
+        let (config_read, config_write) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
 
         let mut inherited = Inherited::default();
         let config_fd = inherited.add(config_read);
@@ -159,14 +159,13 @@ impl Vm {
         }
     }
 
-    fn watch(
-        identity: VmIdentity,
-        directory: &Path,
-        pidfd: OwnedFd,
-        child: Option<Child>,
-    ) -> Result<Self, VmmError> {
+    fn watch(identity: VmIdentity, directory: &Path, pidfd: OwnedFd, child: Option<Child>) -> Result<Self, VmmError> {
         let failed = |source| VmmError::Process { doing: "watch", pid: identity.pid, source };
         let watched = pidfd.try_clone().map_err(failed)?;
+        #[expect(
+            deprecated,
+            reason = "sound for an OwnedFd, which stays what it is; the replacement is an unsafe function"
+        )]
         let watched = AsyncFd::with_interest(watched, Interest::READABLE).map_err(failed)?;
         let (sender, ended) = watch::channel(None);
         let exit = directory.join("exit");
@@ -198,9 +197,7 @@ impl Vm {
     pub async fn ended(&self) -> Arc<VmEnd> {
         let mut ended = self.ended.clone();
         let end = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
-        end.unwrap_or_else(|| {
-            Arc::new(VmEnd { message: "its watcher failed".to_owned(), console: String::new() })
-        })
+        end.unwrap_or_else(|| Arc::new(VmEnd { message: "its watcher failed".to_owned(), console: String::new() }))
     }
 
     /// How it ended, if it has.
@@ -327,7 +324,10 @@ mod tests {
         std::fs::write(directory.path().join("vmm.log"), "oh no\n").expect("written");
         std::fs::write(directory.path().join("exit"), b"\xff\xff\xff\xffrubbish").expect("written");
         let end = read_end(&directory.path().join("exit"), Some("signal: 9 (SIGKILL)".into()));
-        assert_eq!((end.message.as_str(), end.console.as_str()), ("it left no exit record; signal: 9 (SIGKILL)", "oh no"));
+        assert_eq!(
+            (end.message.as_str(), end.console.as_str()),
+            ("it left no exit record; signal: 9 (SIGKILL)", "oh no")
+        );
     }
 
     #[tokio::test]

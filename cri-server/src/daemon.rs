@@ -1,0 +1,114 @@
+//! The daemon from start to end.
+
+use std::fs::Permissions;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use isopod_image_store::{Endpoint, ImageStore, StoreConfig};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::check;
+use crate::config::Config;
+use crate::context::Context;
+use crate::cri::MAX_MESSAGE;
+use crate::cri::image_service_server::ImageServiceServer;
+use crate::cri::runtime_service_server::RuntimeServiceServer;
+use crate::grpc::{Images, Sandboxes};
+use crate::index::Index;
+use crate::network::Network;
+use crate::runtime::Runtime;
+use crate::store::Store;
+
+/// How long requests in flight may take after the daemon is told to end.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// Runs the daemon until SIGTERM or SIGINT. Sandboxes live on.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    for finding in check::host(&config).iter().filter(|finding| !finding.is_good()) {
+        tracing::warn!("{finding}");
+    }
+    for directory in [&config.root, &config.state, &config.state.join("sandboxes")] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    let store = Store::open(&config.root.join("state.redb"))?;
+    let stored = store.load()?;
+    let images = ImageStore::open(image_config(&config))?;
+    let network = Network::new(config.network.clone(), store.clone());
+    let socket = config.socket.clone();
+    let context = Context { config, store, images: images.clone(), network, index: Index::default() };
+    let runtime = Runtime::new(Arc::new(context));
+    runtime.resume(stored).await;
+
+    // Last, as whoever finds the socket expects answers.
+    let listener = listen(&socket)?;
+    let stopping = CancellationToken::new();
+    let mut signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let server = Server::builder()
+        .add_service(
+            RuntimeServiceServer::new(Sandboxes::new(runtime.clone()))
+                .max_decoding_message_size(MAX_MESSAGE)
+                .max_encoding_message_size(MAX_MESSAGE),
+        )
+        .add_service(
+            ImageServiceServer::new(Images::new(images))
+                .max_decoding_message_size(MAX_MESSAGE)
+                .max_encoding_message_size(MAX_MESSAGE),
+        )
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopping.clone().cancelled_owned());
+    let server = tokio::spawn(server);
+    tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "isopod serves");
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    tokio::select! {
+        _ = signals.0.recv() => {}
+        _ = signals.1.recv() => {}
+    }
+    tracing::info!("isopod ends; its sandboxes live on");
+    // As above.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stopping.cancel();
+    let _ = std::fs::remove_file(&socket); // A later daemon removes it as well.
+    if tokio::time::timeout(DRAIN, server).await.is_err() {
+        tracing::warn!("requests were cut off");
+    }
+    runtime.drain(DRAIN).await;
+    Ok(())
+}
+
+fn image_config(config: &Config) -> StoreConfig {
+    let mut store = StoreConfig::new(config.root.join("images"));
+    store.registries.mirrors =
+        config.images.mirrors.iter().map(|(host, url)| (host.clone(), vec![Endpoint::new(url)])).collect();
+    store.limits.max_layer_bytes = config.images.max_layer_bytes;
+    store.max_concurrent_downloads = config.images.concurrent_layers;
+    store.pull_progress_timeout = config.images.progress_timeout;
+    store
+}
+
+/// Listens on the CRI socket, for root alone.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    }
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
+        anyhow::ensure!(metadata.file_type().is_socket(), "{} is in the way of the CRI socket", path.display());
+        // Only one daemon can have the database open, so nobody listens there.
+        std::fs::remove_file(path).with_context(|| format!("cannot remove the old {}", path.display()))?;
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", path.display()))?;
+    Ok(listener)
+}

@@ -1,0 +1,234 @@
+//! All sandboxes: their drivers and their names.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use isopod_proto::ObjectId;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use crate::container::{SpecError, check_sandbox};
+use crate::context::Context;
+use crate::cri;
+use crate::grpc::status::chain;
+use crate::sandbox::driver::{Command, Driver, Reply};
+use crate::sandbox::{SandboxError, SandboxKey, SandboxPhase, SandboxRecord, now, resources};
+use crate::store::Stored;
+
+/// Commands that may wait for a driver.
+const MAILBOX: usize = 64;
+
+/// The names of the runtime's handlers: the default one, and the same by its name.
+pub const HANDLERS: [&str; 2] = ["", "isopod"];
+
+/// The sandboxes. Clones are the same ones.
+#[derive(Clone)]
+pub struct Runtime {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    context: Arc<Context>,
+    drivers: Mutex<HashMap<ObjectId, mpsc::Sender<Command>>>,
+    names: Mutex<HashMap<SandboxKey, Reservation>>,
+    tasks: TaskTracker,
+}
+
+/// Who has a sandbox's name. A client that gave up and asks again gets the sandbox that was finished in the meantime.
+enum Reservation {
+    /// It is being brought up; these wait for it.
+    Pending(Vec<Reply<ObjectId>>),
+    /// It is up, but whoever asked for it had gone.
+    Undelivered(ObjectId),
+    /// It belongs to a client.
+    Delivered(ObjectId),
+}
+
+impl Runtime {
+    /// The runtime with no sandbox yet.
+    pub fn new(context: Arc<Context>) -> Self {
+        let inner = Inner { context, drivers: Mutex::default(), names: Mutex::default(), tasks: TaskTracker::new() };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The daemon's parts.
+    pub fn context(&self) -> &Context {
+        &self.inner.context
+    }
+
+    /// Takes up what an earlier daemon left, and removes what belongs to nothing.
+    pub async fn resume(&self, stored: Stored) {
+        let context = &self.inner.context;
+        let mut containers: HashMap<ObjectId, Vec<_>> = HashMap::new();
+        for record in stored.containers {
+            containers.entry(record.sandbox.clone()).or_default().push(record);
+        }
+        let mut kept = Vec::new();
+        for record in stored.sandboxes {
+            let (id, key) = (record.id.clone(), record.key());
+            let span = tracing::info_span!("sandbox", id = id.short());
+            let own = containers.remove(&id).unwrap_or_default();
+            let resumed = Driver::resume(Arc::clone(context), record, own).instrument(span.clone()).await;
+            let Some(driver) = resumed else { continue };
+            tracing::info!(sandbox = %id, "sandbox taken up");
+            self.inner.names.lock().insert(key, Reservation::Delivered(id.clone()));
+            self.inner.launch(&id, driver, span);
+            kept.push(id);
+        }
+        for orphan in containers.into_values().flatten() {
+            if let Err(error) = context.store.remove_container(&orphan.id).await {
+                tracing::error!(container = %orphan.id, error = chain(&error), "a container of no sandbox is kept");
+            }
+        }
+        self.remove_leftovers(&kept).await;
+    }
+
+    /// Removes taps, addresses, directories and scratch disks that no sandbox has.
+    async fn remove_leftovers(&self, kept: &[ObjectId]) {
+        let context = &self.inner.context;
+        if let Err(error) = context.network.remove_orphans(kept).await {
+            tracing::warn!(error = chain(&error), "left-over taps or addresses are not removed");
+        }
+        let directories = kept.iter().map(|id| resources::directory(context, id)).collect::<Vec<_>>();
+        let scratches =
+            kept.iter().map(|id| crate::sandbox::scratch::path(&context.config.root, id)).collect::<Vec<_>>();
+        for (parent, known) in
+            [(context.config.state.join("sandboxes"), directories), (context.config.root.join("scratch"), scratches)]
+        {
+            for entry in std::fs::read_dir(&parent).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let is_template = entry.file_name().to_string_lossy().starts_with("template-");
+                if known.contains(&path) || is_template {
+                    continue;
+                }
+                tracing::info!(path = %path.display(), "removing what no sandbox has");
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                if let Err(error) = removed {
+                    tracing::warn!(path = %path.display(), %error, "it cannot be removed");
+                }
+            }
+        }
+    }
+
+    /// RunPodSandbox.
+    pub async fn run_sandbox(
+        &self,
+        config: cri::PodSandboxConfig,
+        runtime_handler: String,
+    ) -> Result<ObjectId, SandboxError> {
+        check_sandbox(&config).map_err(SandboxError::Spec)?;
+        if !HANDLERS.contains(&runtime_handler.as_str()) {
+            let shown: String = runtime_handler.chars().take(80).collect();
+            let problem = format!("no runtime for {shown:?} is configured");
+            return Err(SandboxError::Spec(SpecError::Invalid { field: "runtime_handler", problem }));
+        }
+        let (reply, answer) = oneshot::channel();
+        let key = SandboxKey::of(&config);
+        {
+            let mut names = self.inner.names.lock();
+            match names.get_mut(&key) {
+                Some(Reservation::Pending(replies)) => replies.push(reply),
+                Some(Reservation::Undelivered(id)) => {
+                    let id = id.clone();
+                    names.insert(key, Reservation::Delivered(id.clone()));
+                    return Ok(id);
+                }
+                Some(Reservation::Delivered(id)) => {
+                    return Err(SandboxError::Reserved { what: "sandbox", name: key.to_string(), owner: id.clone() });
+                }
+                None => {
+                    let id = crate::random_id().map_err(|_| SandboxError::Ended)?;
+                    names.insert(key, Reservation::Pending(vec![reply]));
+                    let record = SandboxRecord {
+                        id,
+                        config,
+                        runtime_handler,
+                        created_at: now(),
+                        phase: SandboxPhase::Starting,
+                        vm: None,
+                        address: None,
+                        cgroup: None,
+                    };
+                    self.inner.tasks.spawn(Arc::clone(&self.inner).bring_up(record));
+                }
+            }
+        }
+        answer.await.map_err(|_| SandboxError::Ended)?
+    }
+
+    /// Sends a command to a sandbox's driver and awaits its answer.
+    pub async fn ask<T>(
+        &self,
+        sandbox: &ObjectId,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, SandboxError> {
+        let driver = self.inner.drivers.lock().get(sandbox).cloned();
+        let gone = || SandboxError::NotFound { what: "sandbox", id: sandbox.to_string() };
+        let driver = driver.ok_or_else(gone)?;
+        let (reply, answer) = oneshot::channel();
+        driver.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| SandboxError::Ended)?
+    }
+
+    /// Lets the drivers finish what they are at, at most `deadline`. Sandboxes live on.
+    pub async fn drain(&self, deadline: Duration) {
+        self.inner.drivers.lock().clear();
+        self.inner.tasks.close();
+        if tokio::time::timeout(deadline, self.inner.tasks.wait()).await.is_err() {
+            tracing::warn!("not every sandbox's work has finished");
+        }
+    }
+}
+
+impl Inner {
+    async fn bring_up(self: Arc<Self>, record: SandboxRecord) {
+        let (id, key) = (record.id.clone(), record.key());
+        let span = tracing::info_span!("sandbox", id = id.short());
+        let started = Driver::start(Arc::clone(&self.context), record).instrument(span.clone()).await;
+        match started {
+            Ok(driver) => {
+                self.launch(&id, driver, span);
+                let mut names = self.names.lock();
+                let replies = match names.insert(key.clone(), Reservation::Undelivered(id.clone())) {
+                    Some(Reservation::Pending(replies)) => replies,
+                    Some(Reservation::Undelivered(_) | Reservation::Delivered(_)) | None => Vec::new(),
+                };
+                let delivered =
+                    replies.into_iter().fold(false, |delivered, reply| reply.send(Ok(id.clone())).is_ok() || delivered);
+                if delivered {
+                    names.insert(key, Reservation::Delivered(id));
+                }
+            }
+            Err(error) => {
+                let reservation = self.names.lock().remove(&key);
+                let Some(Reservation::Pending(replies)) = reservation else { return };
+                span.in_scope(|| tracing::info!(error = chain(&error), "the sandbox did not start"));
+                let error = Arc::new(error);
+                for reply in replies {
+                    let _ = reply.send(Err(SandboxError::Shared(Arc::clone(&error)))); // The client may have gone.
+                }
+            }
+        }
+    }
+
+    /// Runs the driver in a task that ends with the sandbox, and frees its name then.
+    fn launch(self: &Arc<Self>, id: &ObjectId, driver: Driver, span: tracing::Span) {
+        let (sender, commands) = mpsc::channel(MAILBOX);
+        self.drivers.lock().insert(id.clone(), sender);
+        let (inner, id) = (Arc::clone(self), id.clone());
+        self.tasks.spawn(
+            async move {
+                driver.run(commands).await;
+                inner.drivers.lock().remove(&id);
+                inner.names.lock().retain(|_, reservation| match reservation {
+                    Reservation::Delivered(owner) | Reservation::Undelivered(owner) => *owner != id,
+                    Reservation::Pending(_) => true,
+                });
+            }
+            .instrument(span),
+        );
+    }
+}
