@@ -187,7 +187,7 @@ impl Console {
 /// Whether the agent has connected.
 fn hello_is_there(from: &mut BufReader<UnixStream>) -> bool {
     let mut line = String::new();
-    matches!(from.read_line(&mut line), Ok(_) if line.starts_with("OK"))
+    from.read_line(&mut line).is_ok() && line.starts_with("OK")
 }
 
 fn start(options: &Options, folder: &std::path::Path) -> Outcome<Vmm> {
