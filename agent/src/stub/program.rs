@@ -195,7 +195,7 @@ fn execute(program: &Program) -> Error {
         let Ok(path) = CString::new(candidate) else { continue };
         let error = sys::execve(&path, &arguments, &environment);
         match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) if !rustix::fs::access(&path, rustix::fs::Access::EXISTS).is_ok() => {}
+            Some(libc::ENOENT | libc::ENOTDIR) if rustix::fs::access(&path, rustix::fs::Access::EXISTS).is_err() => {}
             // Like the shell: a file that may not be run does not end the search, but is what is told in the end.
             Some(libc::EACCES) => refused = Some(error),
             _ => return cannot_run(&shown, &path.to_string_lossy(), error),
