@@ -196,8 +196,10 @@ impl Inner {
                     Some(Reservation::Pending(replies)) => replies,
                     Some(Reservation::Undelivered(_) | Reservation::Delivered(_)) | None => Vec::new(),
                 };
-                let delivered =
-                    replies.into_iter().fold(false, |delivered, reply| reply.send(Ok(id.clone())).is_ok() || delivered);
+                let mut delivered = false;
+                for reply in replies {
+                    delivered |= reply.send(Ok(id.clone())).is_ok();
+                }
                 if delivered {
                     names.insert(key, Reservation::Delivered(id));
                 }

@@ -116,7 +116,7 @@ impl cri::image_service_server::ImageService for Images {
                 registry_token: &fields.registry_token,
             };
             let auth = Auth::from_fields(fields, name.registry()).map_err(|error| status::of(&error))?;
-            let id = self.store.pull(&wanted, &auth).await.map_err(|error| status::of(&error))?;
+            let id = self.store.pull(&wanted, &auth).await.map_err(|error| status::of_pull(&error))?;
             Ok(Response::new(cri::PullImageResponse { image_ref: id.to_string() }))
         })
         .await

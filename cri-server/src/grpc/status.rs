@@ -6,6 +6,9 @@ use std::fmt::Write;
 use isopod_proto::ErrorKind;
 use tonic::{Code, Status};
 
+/// What the kubelet looks for in the errors of PullImage.
+const PULL_WORDS: [&str; 2] = ["RegistryUnavailable", "SignatureValidationFailed"];
+
 /// An error that knows what sort it is.
 pub trait Failure: Error {
     /// What sort.
@@ -62,6 +65,14 @@ pub fn chain(error: &dyn Error) -> String {
 /// The status for `error`.
 pub fn of(error: &impl Failure) -> Status {
     Status::new(code(error.kind()), chain(error))
+}
+
+/// The status for a failed pull. The kubelet reads the words its message begins with only if the code is Unknown (cri-api
+/// `pkg/errors`); a deadline, which it does not look for, stays one.
+pub fn of_pull(error: &isopod_image_store::PullError) -> Status {
+    let message = chain(error);
+    let has_word = PULL_WORDS.iter().any(|word| message.starts_with(word));
+    Status::new(if has_word { Code::Unknown } else { code(error.kind()) }, message)
 }
 
 /// The status of a call that this runtime does not have.

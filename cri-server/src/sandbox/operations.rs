@@ -308,7 +308,7 @@ impl Driver {
         let Some(container) = self.containers.get(id) else { return Ok(()) };
         if container.is_running() {
             self.kill_container(id).await;
-            self.until_ended(&[id.clone()], KILL_DEADLINE).await;
+            self.until_ended(std::slice::from_ref(id), KILL_DEADLINE).await;
             if self.containers.get(id).is_some_and(Container::is_running) {
                 let seconds = KILL_DEADLINE.as_secs();
                 return Err(SandboxError::Late { what: "the end of a killed container", seconds });
