@@ -69,12 +69,35 @@ pub fn path_of(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
     Ok(components.as_path().join(format!("isopod-{id}")))
 }
 
-/// Makes the cgroup, and its parent where there is none. Gives its directory.
-pub fn make(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+/// The cgroup's directory, which need not exist.
+pub fn directory(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
     let relative = path_of(parent, id)?;
-    let path = root().ok_or(CgroupError::NoHierarchy)?.join(relative);
-    std::fs::create_dir_all(&path).map_err(|source| CgroupError::Io { doing: "make", path: path.clone(), source })?;
-    Ok(path)
+    Ok(root().ok_or(CgroupError::NoHierarchy)?.join(relative))
+}
+
+/// Makes the cgroup at `path`, and its parents where there are none.
+pub fn make(path: &Path) -> Result<(), CgroupError> {
+    std::fs::create_dir_all(path).map_err(|source| CgroupError::Io { doing: "make", path: path.into(), source })
+}
+
+/// The cgroups of sandboxes below `hierarchy`'s default parent that none of `known` has.
+fn orphans_below(hierarchy: &Path, known: &[ObjectId]) -> Vec<PathBuf> {
+    let parent = hierarchy.join(DEFAULT_PARENT.trim_start_matches('/'));
+    let is_orphan = |name: &str| {
+        let id = name.strip_prefix("isopod-").and_then(|id| ObjectId::parse(id).ok());
+        id.is_some_and(|id| !known.contains(&id))
+    };
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_orphan)).map(|entry| entry.path()).collect()
+}
+
+/// Removes cgroups of sandboxes below the default parent that none of `known` has. Those below other parents go with them.
+pub async fn remove_orphans(known: &[ObjectId]) -> Result<(), CgroupError> {
+    for path in root().map(|root| orphans_below(&root, known)).unwrap_or_default() {
+        tracing::info!(cgroup = %path.display(), "removing a cgroup that no sandbox has");
+        remove(&path).await?;
+    }
+    Ok(())
 }
 
 /// Moves the process `pid` into the cgroup at `path`.
@@ -121,6 +144,18 @@ mod tests {
         let path = path_of("/kubepods/burstable/pod1", &id()).expect("a good parent");
         assert_eq!(path, PathBuf::from(format!("kubepods/burstable/pod1/isopod-{}", id())));
         assert!(path_of("", &id()).expect("the default").starts_with("isopod"));
+    }
+
+    #[test]
+    fn only_cgroups_of_unknown_sandboxes_are_orphans() {
+        let hierarchy = tempfile::tempdir().expect("a directory");
+        let other = ObjectId::from_random([1; 32]);
+        for name in [format!("isopod/isopod-{}", id()), format!("isopod/isopod-{other}"), "isopod/isopod-x".into()] {
+            std::fs::create_dir_all(hierarchy.path().join(name)).expect("made");
+        }
+        let expected = hierarchy.path().join(format!("isopod/isopod-{other}"));
+        assert_eq!(orphans_below(hierarchy.path(), &[id()]), [expected]);
+        assert!(orphans_below(Path::new("/nowhere"), &[]).is_empty());
     }
 
     #[test]

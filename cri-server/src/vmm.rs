@@ -21,7 +21,7 @@ use isopod_proto::ErrorKind;
 use serde::{Deserialize, Serialize};
 
 pub use control::{DiskFile, add_disk, console, remove_disk, stop};
-pub use process::{BootDisk, Vm, VmSpec};
+pub use process::{BootDisk, Configuration, Vm, VmSpec};
 
 /// Name of the control socket in a VM's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";

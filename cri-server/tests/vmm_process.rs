@@ -6,10 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use isopod_cri_server::vmm::{Vm, VmSpec, VmmError};
+use isopod_cri_server::vmm::{Configuration, Vm, VmSpec, VmmError};
 use isopod_proto::encode_frame;
-use isopod_proto::vmm::VmExit;
 use isopod_proto::vmm::vm_exit::Reason;
+use isopod_proto::vmm::{VmConfig, VmExit};
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -41,9 +41,15 @@ fn spec(directory: &Path, binary: PathBuf) -> VmSpec {
     }
 }
 
-fn start(directory: &Path, binary: PathBuf) -> Result<Vm, VmmError> {
+fn spawn(directory: &Path, binary: PathBuf) -> Result<(Vm, Configuration), VmmError> {
     let sockets = Vm::listen(directory).expect("it listens");
     Vm::spawn(spec(directory, binary), sockets)
+}
+
+async fn start(directory: &Path, binary: PathBuf) -> Result<Vm, VmmError> {
+    let (vm, configuration) = spawn(directory, binary)?;
+    configuration.deliver(&vm).await?;
+    Ok(vm)
 }
 
 fn process_exists(pid: i32) -> bool {
@@ -57,7 +63,7 @@ async fn a_vmm_that_exits_with_a_record_is_told_by_it_and_reaped() {
     let record =
         VmExit { reason: Reason::KvmUnusable.into(), message: "no KVM here".into(), console: b"oops\n".to_vec() };
     std::fs::write(directory.path().join("record"), encode_frame(&record)).expect("written");
-    let vm = start(directory.path(), binary).expect("started");
+    let vm = start(directory.path(), binary).await.expect("started");
     // Any number may wait.
     let (first, second) = timeout(SOON, async { tokio::join!(vm.ended(), vm.ended()) }).await.expect("it exits");
     assert!(first.message.contains("no KVM here") && first.console == "oops", "{first:?}");
@@ -68,7 +74,7 @@ async fn a_vmm_that_exits_with_a_record_is_told_by_it_and_reaped() {
 #[tokio::test]
 async fn a_vmm_that_is_killed_is_told_by_its_signal() {
     let (directory, binary) = fake("cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
-    let vm = start(directory.path(), binary).expect("started");
+    let vm = start(directory.path(), binary).await.expect("started");
     let identity = vm.identity();
     assert!(vm.end().is_none());
     let again = Vm::find(identity, directory.path()).expect("it runs");
@@ -87,7 +93,7 @@ async fn a_vmm_that_is_killed_is_told_by_its_signal() {
 async fn a_vmm_that_cannot_be_executed_is_an_error() {
     let (directory, binary) = fake("");
     std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o644)).expect("made a plain file");
-    let error = start(directory.path(), binary).err().expect("not started");
+    let error = start(directory.path(), binary).await.err().expect("not started");
     assert!(matches!(error, VmmError::Spawn { .. }), "{error:?}");
 }
 
@@ -96,7 +102,7 @@ async fn a_vmm_that_cannot_enter_its_cgroup_is_killed() {
     let (directory, binary) =
         fake("echo $$ >\"$(dirname \"$0\")/pid\"; cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
     std::fs::remove_dir(directory.path().join("cgroup")).expect("removed");
-    assert!(start(directory.path(), binary).is_err());
+    assert!(start(directory.path(), binary).await.is_err());
     if let Ok(pid) = std::fs::read_to_string(directory.path().join("pid")) {
         assert!(!process_exists(pid.trim().parse().expect("a pid")), "it runs on");
     }
@@ -105,9 +111,43 @@ async fn a_vmm_that_cannot_enter_its_cgroup_is_killed() {
 #[tokio::test]
 async fn a_signal_for_the_daemons_process_group_does_not_reach_the_vmm() {
     let (directory, binary) = fake("cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
-    let vm = start(directory.path(), binary).expect("started");
+    let vm = start(directory.path(), binary).await.expect("started");
     let pid = rustix::process::Pid::from_raw(vm.identity().pid).expect("a pid");
     assert_eq!(rustix::process::getpgid(Some(pid)).expect("it runs"), pid);
     vm.kill();
     timeout(SOON, vm.ended()).await.expect("killed");
+}
+
+#[tokio::test]
+async fn a_vmm_that_ends_before_it_is_configured_is_told_by_its_end() {
+    let (directory, binary) = fake("echo no such option >&2; exit 3");
+    let (vm, configuration) = spawn(directory.path(), binary).expect("started");
+    timeout(SOON, vm.ended()).await.expect("it exits");
+    let error = configuration.deliver(&vm).await.expect_err("nobody reads it");
+    let message = error.to_string();
+    assert!(message.contains('3') && message.contains("no such option"), "{message}");
+}
+
+#[tokio::test]
+async fn a_vmm_whose_configuration_is_never_delivered_reads_an_empty_one() {
+    let (directory, binary) = fake("cat /proc/self/fd/$2 >\"$(dirname \"$0\")/config\"; exit 5");
+    let (vm, configuration) = spawn(directory.path(), binary).expect("started");
+    drop(configuration);
+    timeout(SOON, vm.ended()).await.expect("it exits");
+    assert_eq!(std::fs::read(directory.path().join("config")).expect("there"), b"");
+}
+
+#[tokio::test]
+async fn a_vmm_inherits_the_descriptors_that_its_configuration_names() {
+    let (directory, binary) =
+        fake("cat /proc/self/fd/$2 >\"$(dirname \"$0\")/config\"; ls -l /proc/self/fd >\"$(dirname \"$0\")/fds\"");
+    let vm = start(directory.path(), binary).await.expect("started");
+    timeout(SOON, vm.ended()).await.expect("it exits");
+    let config = std::fs::read(directory.path().join("config")).expect("there");
+    let config = <VmConfig as prost::Message>::decode(config.as_slice()).expect("a configuration");
+    let listing = std::fs::read_to_string(directory.path().join("fds")).expect("there");
+    let exit = directory.path().join("exit");
+    assert!(listing.contains(&format!(" {} -> {}\n", config.exit_fd, exit.display())), "{config:?} {listing}");
+    let socket = format!(" {} -> socket:", config.vsock_fd);
+    assert!(listing.contains(&socket), "{config:?} {listing}");
 }

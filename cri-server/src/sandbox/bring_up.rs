@@ -121,16 +121,20 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
 
     let directory = resources::directory(context, &record.id);
     make_directory(&directory)?;
+    let cgroup = cgroup::directory(&parent, &record.id).map_err(BringUpError::Cgroup)?;
+    // Before it is made, so that a later daemon finds it whenever this one ends.
+    record.cgroup = Some(cgroup.clone());
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     let scratch = make_scratch(context, record).await?;
-    record.cgroup = Some(cgroup::make(&parent, &record.id).map_err(BringUpError::Cgroup)?);
+    cgroup::make(&cgroup).map_err(BringUpError::Cgroup)?;
     let attachment = context.network.attach(&record.id).await.map_err(BringUpError::Network)?;
     record.address = Some(attachment.address);
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
 
     let address = attachment.address;
-    let (vm, hello) = start_vm(context, record, &directory, scratch, attachment).await?;
+    let (vm, configuration, hello) = start_vm(context, record, &directory, scratch, attachment).await?;
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
+    configuration.deliver(&vm).await.map_err(BringUpError::Vmm)?;
     let hello = await_hello(&vm, hello, config.vmm.boot_deadline).await?;
     tracing::info!(
         kernel = hello.kernel_release,
@@ -164,7 +168,7 @@ async fn start_vm(
     directory: &Path,
     scratch: BootDisk,
     attachment: Attachment,
-) -> Result<(Vm, HelloConnection), BringUpError> {
+) -> Result<(Vm, vmm::Configuration, HelloConnection), BringUpError> {
     let config = &context.config.vmm;
     let open = |path: &Path| File::open(path).map_err(|source| BringUpError::GuestFile { path: path.into(), source });
     let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
@@ -184,9 +188,9 @@ async fn start_vm(
     let sockets = Vm::listen(directory).map_err(BringUpError::Vmm)?;
     // Before the VMM runs, so that the hello cannot come too early.
     let hello = HelloConnection::open(&directory.join(VSOCK_SOCKET)).await.map_err(BringUpError::Guest)?;
-    let vm = Vm::spawn(spec, sockets).map_err(BringUpError::Vmm)?;
+    let (vm, configuration) = Vm::spawn(spec, sockets).map_err(BringUpError::Vmm)?;
     record.vm = Some(vm.identity());
-    Ok((vm, hello))
+    Ok((vm, configuration, hello))
 }
 
 /// Waits for the agent's hello, as long as the VM lives and the deadline allows.

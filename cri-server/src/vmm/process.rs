@@ -1,15 +1,16 @@
 //! The VMM process itself.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use command_fds::{CommandFdExt, FdMapping};
+use command_fds::CommandFdExt;
 use isopod_proto::vmm::vm_exit::Reason;
 use isopod_proto::vmm::{Disk, NetworkInterface, Segment, VmConfig, VmExit};
 use isopod_proto::{CONSOLE_RING_BYTES, decode_frame};
@@ -18,6 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::{CONTROL_SOCKET, VSOCK_SOCKET, VmEnd, VmIdentity, VmmError, console_tail};
 use crate::cgroup;
@@ -26,6 +28,8 @@ use crate::cgroup;
 const MAX_EXIT: usize = CONSOLE_RING_BYTES + 64 * 1024;
 /// Lines of the console that a message shows.
 const CONSOLE_LINES: usize = 30;
+/// How long a VMM that does not take its configuration may take to end.
+const END_GRACE: Duration = Duration::from_secs(3);
 
 /// What a VMM is started with.
 pub struct VmSpec {
@@ -69,15 +73,43 @@ pub struct Vm {
     ended: watch::Receiver<Option<Arc<VmEnd>>>,
 }
 
-/// Collects the descriptors a VMM inherits and the numbers they have there.
+/// What a started VMM waits for before it does anything. If this goes away undelivered, as with a daemon that ends, the VMM
+/// reads an empty configuration, which it refuses, and ends.
+pub struct Configuration {
+    pipe: OwnedFd,
+    bytes: Vec<u8>,
+}
+
+impl Configuration {
+    /// Gives `vm` its configuration. To be called once the VM's identity is durable: no VM runs that nobody knows of.
+    pub async fn deliver(self, vm: &Vm) -> Result<(), VmmError> {
+        let Self { pipe, bytes } = self;
+        // The pipe does not block, and is empty: it takes all of what is within bounds at once.
+        let source = match rustix::io::write(&pipe, &bytes) {
+            Ok(count) if count == bytes.len() => return Ok(()),
+            Ok(count) => io::Error::other(format!("the pipe takes {count} bytes of the {} at once", bytes.len())),
+            Err(error) => error.into(),
+        };
+        // If nobody reads it any more, the VMM's end says more than the pipe.
+        if source.kind() == io::ErrorKind::BrokenPipe
+            && let Ok(end) = timeout(END_GRACE, vm.ended()).await
+        {
+            return Err(VmmError::Ended { message: end.message.clone(), console: end.console.clone() });
+        }
+        Err(VmmError::Process { doing: "configure", pid: vm.identity.pid, source })
+    }
+}
+
+/// Collects the descriptors a VMM inherits. They keep their numbers: given other ones, they could replace the pipe by which
+/// the child tells that the program cannot be executed, and the failure would pass for a success.
 #[derive(Default)]
-struct Inherited(Vec<FdMapping>);
+struct Inherited(Vec<OwnedFd>);
 
 impl Inherited {
     fn add(&mut self, fd: OwnedFd) -> i32 {
-        let child_fd = 3 + self.0.len() as i32;
-        self.0.push(FdMapping { parent_fd: fd, child_fd });
-        child_fd
+        let number = fd.as_raw_fd();
+        self.0.push(fd);
+        number
     }
 }
 
@@ -91,8 +123,8 @@ impl Vm {
         Ok((bind(CONTROL_SOCKET)?, bind(VSOCK_SOCKET)?))
     }
 
-    /// Starts a VMM on the sockets of [`Vm::listen`].
-    pub fn spawn(spec: VmSpec, sockets: (UnixListener, UnixListener)) -> Result<Self, VmmError> {
+    /// Starts a VMM on the sockets of [`Vm::listen`]. It does nothing before it is given its configuration.
+    pub fn spawn(spec: VmSpec, sockets: (UnixListener, UnixListener)) -> Result<(Self, Configuration), VmmError> {
         let file = |name: &str| {
             let path = spec.directory.join(name);
             File::create(&path).map_err(|source| VmmError::File { doing: "make", path, source })
@@ -102,6 +134,7 @@ impl Vm {
         let log_again = log.try_clone().map_err(failed)?;
         let (config_read, config_write) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+        rustix::io::ioctl_fionbio(&config_write, true).map_err(|error| failed(error.into()))?;
 
         let mut inherited = Inherited::default();
         let config_fd = inherited.add(config_read);
@@ -139,13 +172,13 @@ impl Vm {
             .stdout(log)
             .stderr(log_again)
             .process_group(0)
-            .fd_mappings(inherited.0)
-            .map_err(|error| failed(io::Error::other(error)))?;
+            .preserved_fds(inherited.0);
         let child = command.spawn().map_err(failed)?;
         // The command holds our copies of the descriptors; the VMM's must be the only ones.
         drop(command);
         let started = Started { child: Some(child) };
-        started.configure(&spec.directory, &spec.cgroup, config_write, &config)
+        let vm = started.enter(&spec.directory, &spec.cgroup)?;
+        Ok((vm, Configuration { pipe: config_write, bytes: config.encode_to_vec() }))
     }
 
     /// The process that `identity` names, if it still runs; it was started by an earlier daemon.
@@ -218,20 +251,13 @@ struct Started {
 }
 
 impl Started {
-    fn configure(
-        mut self,
-        directory: &Path,
-        cgroup: &Path,
-        config_write: OwnedFd,
-        config: &VmConfig,
-    ) -> Result<Vm, VmmError> {
+    fn enter(mut self, directory: &Path, cgroup: &Path) -> Result<Vm, VmmError> {
         let pid = self.child.as_ref().expect("it was just started").id() as i32;
         let failed = |doing| move |source| VmmError::Process { doing, pid, source };
         // It waits for its configuration, so it uses no memory before it is in its cgroup.
         cgroup::enter(cgroup, pid).map_err(|error| VmmError::Host { problem: crate::grpc::status::chain(&error) })?;
         let pidfd = open_pidfd(pid).map_err(failed("open a pidfd of"))?;
         let start_time = start_time(pid).map_err(failed("look at"))?;
-        File::from(config_write).write_all(&config.encode_to_vec()).map_err(failed("configure"))?;
         Vm::watch(VmIdentity { pid, start_time }, directory, pidfd, self.child.take())
     }
 }
