@@ -36,12 +36,16 @@ pub mod reason {
     pub const OOM_KILLED: &str = "OOMKilled";
     /// Could not be started.
     pub const START_ERROR: &str = "StartError";
+    /// How it ended is not known.
+    pub const UNKNOWN: &str = "Unknown";
 }
 
 /// Exit code of a container that could not be started.
 pub const START_FAILED: i32 = 128;
 /// Exit code of a container whose VM ended: killed, as by SIGKILL.
 pub const KILLED: i32 = 137;
+/// Exit code of a container of which nobody knows how it ended.
+pub const UNKNOWN_EXIT: i32 = 255;
 
 /// The state of a container. Times are nanoseconds since the epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +95,13 @@ impl ContainerState {
         let started_at = self.started_at();
         let reason = reason::ERROR.to_owned();
         Exit { started_at, finished_at: now.max(started_at), exit_code: KILLED, reason, message }
+    }
+
+    /// The state after the process ended in a way that nobody knows.
+    pub fn unknown(&self, now: i64, message: String) -> Exit {
+        let started_at = self.started_at();
+        let reason = reason::UNKNOWN.to_owned();
+        Exit { started_at, finished_at: now.max(started_at), exit_code: UNKNOWN_EXIT, reason, message }
     }
 
     /// When it was started; 0 if it was not.
@@ -213,6 +224,12 @@ mod tests {
     fn a_container_whose_vm_ended_was_killed_and_has_not_completed() {
         let exit = ContainerState::Running { started_at: 5 }.lost(9, "the guest crashed".into());
         assert_eq!((exit.exit_code, exit.reason.as_str(), exit.started_at), (137, "Error", 5));
+    }
+
+    #[test]
+    fn an_end_that_nobody_knows_is_neither_success_nor_a_signal() {
+        let exit = ContainerState::Running { started_at: 5 }.unknown(9, "no process x".into());
+        assert_eq!((exit.exit_code, exit.reason.as_str(), exit.message.as_str()), (255, "Unknown", "no process x"));
     }
 
     #[test]

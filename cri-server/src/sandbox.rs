@@ -203,6 +203,12 @@ pub enum SandboxError {
         /// How long.
         seconds: u64,
     },
+    /// The VM ended meanwhile.
+    #[error("the sandbox's VM ended while {doing}")]
+    VmEnded {
+        /// At what.
+        doing: &'static str,
+    },
     /// The same error, for several who asked for the same.
     #[error(transparent)]
     Shared(std::sync::Arc<SandboxError>),
@@ -228,7 +234,7 @@ impl SandboxError {
             Self::Release { .. } => ErrorKind::Internal,
             Self::Late { .. } => ErrorKind::DeadlineExceeded,
             Self::Shared(error) => error.kind(),
-            Self::Ended => ErrorKind::Unavailable,
+            Self::VmEnded { .. } | Self::Ended => ErrorKind::Unavailable,
         }
     }
 }

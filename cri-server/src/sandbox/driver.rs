@@ -16,7 +16,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::admission::{self, Admission, Request};
 use super::bring_up::{Up, bring_up};
 use super::exec::Outcome;
-use super::{SandboxError, SandboxPhase, SandboxRecord, monitor, resources};
+use super::monitor::{self, End};
+use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
 use crate::container::log::ContainerLog;
 use crate::container::{ContainerRecord, ContainerState};
 use crate::context::Context;
@@ -54,6 +55,8 @@ pub enum Command {
 pub(super) enum Event {
     /// A container's process has ended; its log is complete.
     Exited(ObjectId, WaitProcessResponse),
+    /// The agent does not know a container's process any more, for this reason.
+    Lost(ObjectId, String),
     /// The grace of a stop is over.
     GraceOver(ObjectId),
     /// A killed container should have ended by now.
@@ -261,6 +264,7 @@ impl Driver {
     pub(super) async fn handle(&mut self, event: Event) {
         match event {
             Event::Exited(id, end) => self.container_ended(&id, &end).await,
+            Event::Lost(id, message) => self.container_lost(&id, message).await,
             Event::GraceOver(id) => self.kill_container(&id).await,
             Event::KillOverdue(id) => {
                 if let Some(container) = self.containers.get_mut(&id).filter(|container| container.is_running()) {
@@ -322,9 +326,12 @@ impl Driver {
         let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
         let (terminal, id) = (container.record.config.tty, id.clone());
         container.follower = Some(tokio::spawn(async move {
-            if let Some(end) = monitor::follow(up, id.to_string(), terminal, log).await {
-                let _ = sender.send(Event::Exited(id, end)); // As above.
-            }
+            let event = match monitor::follow(up, id.to_string(), terminal, log).await {
+                End::Exited(end) => Event::Exited(id, end),
+                End::Lost(error) => Event::Lost(id, chain(&error)),
+                End::VmEnded => return, // Somebody else tells.
+            };
+            let _ = sender.send(event); // As above.
         }));
         Ok(())
     }

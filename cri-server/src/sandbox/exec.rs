@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use isopod_proto::ObjectId;
-use isopod_proto::agent::{self, RemoveProcessRequest, SignalRequest, StreamKind, WaitProcessResponse};
+use isopod_proto::agent::{self, RemoveProcessRequest, SignalRequest, StreamKind};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::SandboxError;
 use super::bring_up::Up;
-use super::{SandboxError, monitor};
+use super::monitor::{self, End};
 use crate::guest::{Guest, LONG, Output, SHORT};
 
 /// Most bytes kept of each output; what is more is dropped. Together they fit into a message.
@@ -77,8 +78,11 @@ async fn attempt(up: &Up, command: &Command, process_id: &str) -> Result<Outcome
             (stdout, Some(up.guest.output(process_id, StreamKind::Stderr, 0).await.map_err(failed)?))
         };
         let (stdout, stderr) = (Collected::start(stdout), stderr.map(Collected::start));
-        let end: Option<WaitProcessResponse> = monitor::wait(up, process_id).await;
-        let end = end.ok_or(SandboxError::Ended)?;
+        let end = match monitor::wait(up, process_id).await {
+            End::Exited(end) => end,
+            End::Lost(source) => return Err(failed(source)),
+            End::VmEnded => return Err(SandboxError::VmEnded { doing: "running the command" }),
+        };
         let stderr = match stderr {
             Some(stderr) => stderr.finish().await,
             None => Vec::new(),

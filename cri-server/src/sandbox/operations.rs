@@ -1,6 +1,6 @@
 //! What a driver does to its containers and its VM.
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use isopod_image_store::Image;
@@ -57,6 +57,7 @@ impl Driver {
             }
             return Ok(id);
         }
+        let log_path = log_path(&self.record.config.log_directory, &config.log_path).map_err(SandboxError::Spec)?;
         let image = self.image(&config).await?;
         let image_id = image.id.to_string();
         let id = crate::random_id().map_err(|_| SandboxError::Ended)?;
@@ -78,7 +79,6 @@ impl Driver {
                 return Err(SandboxError::Guest { doing: "cannot create the container", source });
             }
         };
-        let log_path = log_path(&self.record.config.log_directory, &config.log_path);
         let record = ContainerRecord {
             id: id.clone(),
             sandbox: self.record.id.clone(),
@@ -235,6 +235,13 @@ impl Driver {
         let Some(container) = self.containers.get(id).filter(|container| container.is_running()) else { return };
         let exit = container.record.state.ended(end.exit_code, end.oom_killed, end.finished_at_nanos);
         tracing::info!(container = %id, exit_code = exit.exit_code, reason = exit.reason, "container ended");
+        self.exit(id, exit).await;
+    }
+
+    /// The agent does not know a container's process any more.
+    pub(super) async fn container_lost(&mut self, id: &ObjectId, message: String) {
+        let Some(container) = self.containers.get(id).filter(|container| container.is_running()) else { return };
+        let exit = container.record.state.unknown(now(), message);
         self.exit(id, exit).await;
     }
 
@@ -472,9 +479,23 @@ impl Driver {
     }
 }
 
-/// Where a container's log goes; none if either part is not given.
-fn log_path(directory: &str, path: &str) -> Option<std::path::PathBuf> {
-    (!directory.is_empty() && !path.is_empty()).then(|| Path::new(directory).join(path))
+/// Where a container's log goes, beneath the sandbox's directory for logs; none if either part is not given.
+fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>, SpecError> {
+    if directory.is_empty() || path.is_empty() {
+        return Ok(None);
+    }
+    let invalid = |field, value: &str, problem| {
+        let problem = format!("{:?} {problem}", value.chars().take(200).collect::<String>());
+        Err(SpecError::Invalid { field, problem })
+    };
+    let up = |path: &str| Path::new(path).components().any(|component| component == Component::ParentDir);
+    if !directory.starts_with('/') || up(directory) {
+        return invalid("sandbox_config.log_directory", directory, "is not an absolute path without \"..\"");
+    }
+    if path.starts_with('/') || up(path) {
+        return invalid("config.log_path", path, "does not lead to a file beneath log_directory");
+    }
+    Ok(Some(Path::new(directory).join(path)))
 }
 
 #[cfg(test)]
@@ -483,8 +504,18 @@ mod tests {
 
     #[test]
     fn a_log_needs_a_directory_and_a_name() {
-        assert_eq!(log_path("/var/log/pods/x", "c/0.log"), Some("/var/log/pods/x/c/0.log".into()));
-        assert_eq!(log_path("", "c/0.log"), None);
-        assert_eq!(log_path("/var/log/pods/x", ""), None);
+        assert_eq!(log_path("/var/log/pods/x", "c/0.log"), Ok(Some("/var/log/pods/x/c/0.log".into())));
+        assert_eq!(log_path("", "c/0.log"), Ok(None));
+        assert_eq!(log_path("/var/log/pods/x", ""), Ok(None));
+    }
+
+    #[test]
+    fn a_log_outside_its_directory_is_refused() {
+        for (directory, path) in
+            [("/var/log", "/etc/passwd"), ("/var/log", "../0.log"), ("/var/log", "a/../../b"), ("log", "0.log")]
+        {
+            let error = log_path(directory, path).expect_err("outside");
+            assert_eq!(error.kind(), isopod_proto::ErrorKind::InvalidArgument);
+        }
     }
 }

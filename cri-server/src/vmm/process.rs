@@ -192,6 +192,13 @@ impl Vm {
         }
     }
 
+    /// A VM that is any process.
+    #[cfg(test)]
+    pub fn of_process(pid: i32, directory: &Path) -> Self {
+        let identity = VmIdentity { pid, start_time: start_time(pid).expect("it runs") };
+        Self::find(identity, directory).expect("it runs")
+    }
+
     fn watch(identity: VmIdentity, directory: &Path, pidfd: OwnedFd, child: Option<Child>) -> Result<Self, VmmError> {
         let failed = |source| VmmError::Process { doing: "watch", pid: identity.pid, source };
         let watched = pidfd.try_clone().map_err(failed)?;

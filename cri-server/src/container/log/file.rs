@@ -4,10 +4,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use isopod_proto::ErrorKind;
 use parking_lot::Mutex;
+use rustix::fs::OFlags;
 use time::OffsetDateTime;
 
 use super::Lines;
@@ -48,6 +49,8 @@ pub struct ContainerLog {
     path: Option<PathBuf>,
     file: Mutex<Option<File>>,
     progress: File,
+    /// That it cannot be written was said.
+    complained: AtomicBool,
 }
 
 /// A log that cannot be opened.
@@ -62,7 +65,10 @@ pub struct LogError {
 impl LogError {
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
-        ErrorKind::Internal
+        match self.source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
+            _ => ErrorKind::Internal,
+        }
     }
 }
 
@@ -71,9 +77,48 @@ fn open(path: &Path) -> Result<File, LogError> {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent)?;
         }
-        OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o640)
+            // A FIFO or a terminal in the file's place must not block the daemon.
+            .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32)
+            .open(path)?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
     };
     opened().map_err(|source| LogError { path: path.into(), source })
+}
+
+/// Writes all of `entries`; or else, with an error, has what was written of them taken back, so that no torn entry is in
+/// front of the next one.
+fn write_whole<W: Write>(
+    target: &mut W,
+    entries: &[u8],
+    take_back: impl FnOnce(&mut W, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rest = entries;
+    while !rest.is_empty() {
+        match target.write(rest) {
+            Ok(count) if count > 0 => rest = &rest[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => {
+                let written = entries.len() - rest.len();
+                if written > 0
+                    && let Err(error) = take_back(target, written)
+                {
+                    tracing::warn!(%error, "a container log has a torn entry");
+                }
+                return Err(result.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes the last `count` bytes of `file`.
+fn shorten(file: &mut File, count: usize) -> io::Result<()> {
+    let length = file.metadata()?.len();
+    file.set_len(length.saturating_sub(count as u64))
 }
 
 impl ContainerLog {
@@ -87,7 +132,7 @@ impl ContainerLog {
             .truncate(false)
             .open(progress)
             .map_err(|source| LogError { path: progress.into(), source })?;
-        Ok(Self { path, file: Mutex::new(file), progress })
+        Ok(Self { path, file: Mutex::new(file), progress, complained: AtomicBool::new(false) })
     }
 
     /// Opens the path again, after the file was renamed. On an error the old file stays in use.
@@ -110,45 +155,52 @@ impl ContainerLog {
 
     fn write(&self, entries: &[u8]) -> io::Result<()> {
         match self.file.lock().as_mut() {
-            Some(file) => file.write_all(entries),
+            Some(file) => write_whole(file, entries, shorten),
             None => Ok(()),
         }
     }
 
-    /// Copies a stream into the log to the stream's end. What is in the log is acknowledged to the guest.
-    pub async fn copy(self: Arc<Self>, mut output: Output, stream: LogStream) {
-        let mut lines = Lines::default();
+    /// Copies a stream into the log to the stream's end. What is in the log is acknowledged to the guest. An error says that
+    /// the connection is lost: the stream goes on at [`Output::taken`]; what `lines` keeps comes again.
+    pub async fn copy(&self, output: &mut Output, stream: LogStream, lines: &mut Lines) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK];
         let mut entries = Vec::new();
-        let mut complained = false;
         loop {
-            entries.clear();
-            // The VM may have ended: then what is left is as much as there will ever be.
-            let count = output.read(&mut buffer).await.unwrap_or(0);
-            let now = OffsetDateTime::now_utc();
-            let taken = match count {
-                0 => lines.finish(stream.name(), now, &mut entries),
-                _ => lines.push(&buffer[..count], stream.name(), now, &mut entries),
-            };
-            // A log that cannot be written loses its text, as it must not stop the container.
-            if let Err(error) = self.write(&entries)
-                && !complained
-            {
-                complained = true;
-                tracing::error!(path = ?self.path, %error, "container log cannot be written; its text is lost");
-            }
-            if taken > 0 {
-                let total = (output.taken() + taken).to_le_bytes();
-                if let Err(error) = self.progress.write_all_at(&total, stream.progress_offset()) {
-                    tracing::warn!(%error, "the progress of a container log cannot be kept");
-                }
-                if output.acknowledge(taken).await.is_err() && count != 0 {
-                    tracing::debug!(stream = stream.name(), "the guest no longer takes acknowledgements");
-                }
-            }
+            let count = output.read(&mut buffer).await?;
             if count == 0 {
-                return;
+                let taken = self.finish(output.taken(), stream, lines);
+                // The guest may have closed its end for good, having nothing that could be acknowledged.
+                return if taken > 0 { output.acknowledge(taken).await } else { Ok(()) };
             }
+            entries.clear();
+            let taken = lines.push(&buffer[..count], stream.name(), OffsetDateTime::now_utc(), &mut entries);
+            if taken > 0 {
+                self.take(&entries, stream, output.taken() + taken);
+                output.acknowledge(taken).await?;
+            }
+        }
+    }
+
+    /// Nothing comes after the line that `lines` keeps, which begins at `offset`: it is written without its end. Gives its bytes.
+    pub fn finish(&self, offset: u64, stream: LogStream, lines: &mut Lines) -> u64 {
+        let mut entries = Vec::new();
+        let taken = lines.finish(stream.name(), OffsetDateTime::now_utc(), &mut entries);
+        if taken > 0 {
+            self.take(&entries, stream, offset + taken);
+        }
+        taken
+    }
+
+    /// Writes entries, with which the stream is in the log up to `total`.
+    fn take(&self, entries: &[u8], stream: LogStream, total: u64) {
+        // A log that cannot be written loses its text, as it must not stop the container.
+        if let Err(error) = self.write(entries)
+            && !self.complained.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!(path = ?self.path, %error, "container log cannot be written; its text is lost");
+        }
+        if let Err(error) = self.progress.write_all_at(&total.to_le_bytes(), stream.progress_offset()) {
+            tracing::warn!(%error, "the progress of a container log cannot be kept");
         }
     }
 }
@@ -183,6 +235,77 @@ mod tests {
         assert!(log.reopen().is_err());
         log.write(b"more\n").expect("written");
         assert_eq!(std::fs::read(directory.path().join("moved/0.log")).expect("there"), b"more\n");
+    }
+
+    /// A file on a disk with room for so many bytes.
+    struct Full(Vec<u8>, usize);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let count = bytes.len().min(self.1 - self.0.len());
+            if count == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.0.extend_from_slice(&bytes[..count]);
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_entry_that_does_not_fit_on_the_disk_leaves_no_torn_one() {
+        let mut disk = Full(Vec::new(), 10);
+        let take_back = |disk: &mut Full, count: usize| {
+            disk.0.truncate(disk.0.len() - count);
+            Ok(())
+        };
+        write_whole(&mut disk, b"first\n", take_back).expect("it fits");
+        let error = write_whole(&mut disk, b"second\n", take_back).expect_err("it does not fit");
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        write_whole(&mut disk, b"3rd\n", take_back).expect("it fits");
+        assert_eq!(disk.0, b"first\n3rd\n");
+    }
+
+    #[test]
+    fn a_file_is_shortened_at_its_end() {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(b"whole\nto").expect("written");
+        shorten(&mut file, 2).expect("shortened");
+        assert_eq!(file.metadata().expect("there").len(), 6);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused_at_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let progress = directory.path().join("progress");
+        let fifo = directory.path().join("0.log");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("made");
+        assert!(ContainerLog::open(Some(fifo), &progress).is_err());
+        let error = ContainerLog::open(Some("/dev/null".into()), &progress).err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::Internal);
+    }
+
+    #[test]
+    fn a_full_disk_is_a_resource_that_is_exhausted() {
+        for errno in [rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT] {
+            assert_eq!(LogError { path: "x".into(), source: errno.into() }.kind(), ErrorKind::ResourceExhausted);
+        }
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_finished_and_counted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("0.log");
+        let log = ContainerLog::open(Some(path.clone()), &directory.path().join("progress")).expect("opened");
+        let mut lines = Lines::default();
+        lines.push(b"rest", "stderr", OffsetDateTime::UNIX_EPOCH, &mut Vec::new());
+        assert_eq!(log.finish(7, LogStream::Stderr, &mut lines), 4);
+        assert_eq!((log.taken(LogStream::Stderr), log.taken(LogStream::Stdout)), (11, 0));
+        assert!(std::fs::read_to_string(&path).expect("text").ends_with(" stderr P rest\n"));
+        assert_eq!(log.finish(11, LogStream::Stderr, &mut lines), 0);
     }
 
     #[test]
