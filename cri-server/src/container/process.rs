@@ -49,6 +49,8 @@ pub fn create_request(
         id: id.to_string(),
         image_disk: disk_id(image_id).to_string(),
         process: Some(process),
+        // The image's VOLUME paths are plain directories of the root file system, which is writable and, as a volume without
+        // a name, goes with the container. An empty mount there would hide what the image has at the path.
         mounts: Vec::new(),
         pid_mode: pid_mode.into(),
         pid_target: pid_target.filter(|_| pid_mode == PidMode::Target).map(ToString::to_string).unwrap_or_default(),

@@ -20,6 +20,15 @@ pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, Spec
             what: format!("huge pages ({})", huge.page_size.chars().take(20).collect::<String>()),
         });
     }
+    for (field, value) in
+        [("linux.resources.cpuset_cpus", &limits.cpuset_cpus), ("linux.resources.cpuset_mems", &limits.cpuset_mems)]
+    {
+        if !value.is_empty() {
+            let shown: String = value.chars().take(80).collect();
+            let what = format!("CPU sets ({shown:?}): CPU and node numbers of the host mean nothing in a pod's VM");
+            return Err(SpecError::Unsupported { field, what });
+        }
+    }
     let given = |value: i64| (value != 0).then_some(value);
     Ok(Resources {
         cpu_shares: natural("linux.resources.cpu_shares", limits.cpu_shares)?,
@@ -28,7 +37,6 @@ pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, Spec
         memory_limit_bytes: given(limits.memory_limit_in_bytes),
         memory_swap_limit_bytes: given(limits.memory_swap_limit_in_bytes),
         pids_limit: None,
-        // CPU and node numbers are the host's; in the guest there are others.
         cpuset_cpus: String::new(),
         cpuset_mems: String::new(),
         unified: limits.unified.clone(),
@@ -65,6 +73,14 @@ mod tests {
         };
         assert!(to_guest(&with(0)).is_ok());
         assert!(matches!(to_guest(&with(1)), Err(SpecError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn cpu_sets_are_refused_by_the_fields_name() {
+        let cpus = cri::LinuxContainerResources { cpuset_cpus: "0-1".into(), ..Default::default() };
+        let mems = cri::LinuxContainerResources { cpuset_mems: "0".into(), ..Default::default() };
+        assert!(to_guest(&cpus).expect_err("refused").to_string().contains("cpuset_cpus"));
+        assert!(to_guest(&mems).expect_err("refused").to_string().contains("cpuset_mems"));
     }
 
     #[test]
