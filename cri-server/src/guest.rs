@@ -60,6 +60,12 @@ pub enum GuestError {
         /// The agent's words.
         message: String,
     },
+    /// It is not waited for any longer.
+    #[error("{call} in the guest was given up, as the sandbox is to be stopped")]
+    GivenUp {
+        /// What was asked.
+        call: &'static str,
+    },
     /// The connection failed.
     #[error("cannot {doing} the guest through {socket}")]
     Connection {
@@ -100,7 +106,7 @@ impl GuestError {
         match self {
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Refused { kind, .. } => *kind,
-            Self::Connection { .. } | Self::Handshake { .. } => ErrorKind::Unavailable,
+            Self::GivenUp { .. } | Self::Connection { .. } | Self::Handshake { .. } => ErrorKind::Unavailable,
             Self::Malformed { .. } => ErrorKind::Corrupt,
             Self::Version { .. } => ErrorKind::FailedPrecondition,
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use isopod_proto::ObjectId;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
@@ -32,9 +33,16 @@ pub struct Runtime {
 
 struct Inner {
     context: Arc<Context>,
-    drivers: Mutex<HashMap<ObjectId, mpsc::Sender<Command>>>,
+    drivers: Mutex<HashMap<ObjectId, Mailbox>>,
     names: Mutex<HashMap<SandboxKey, Reservation>>,
     tasks: TaskTracker,
+}
+
+/// The way to a driver.
+#[derive(Clone)]
+struct Mailbox {
+    commands: mpsc::Sender<Command>,
+    stopping: CancellationToken,
 }
 
 /// Who has a sandbox's name. A client that gave up and asks again gets the sandbox that was finished in the meantime.
@@ -169,7 +177,12 @@ impl Runtime {
         let gone = || SandboxError::NotFound { what: "sandbox", id: sandbox.to_string() };
         let driver = driver.ok_or_else(gone)?;
         let (reply, answer) = oneshot::channel();
-        driver.send(command(reply)).await.map_err(|_| gone())?;
+        let command = command(reply);
+        let ends = command.ends_sandbox();
+        driver.commands.send(command).await.map_err(|_| gone())?;
+        if ends {
+            driver.stopping.cancel();
+        }
         answer.await.map_err(|_| SandboxError::Ended)?
     }
 
@@ -219,7 +232,7 @@ impl Inner {
     /// Runs the driver in a task that ends with the sandbox, and frees its name then.
     fn launch(self: &Arc<Self>, id: &ObjectId, driver: Driver, span: tracing::Span) {
         let (sender, commands) = mpsc::channel(MAILBOX);
-        self.drivers.lock().insert(id.clone(), sender);
+        self.drivers.lock().insert(id.clone(), Mailbox { commands: sender, stopping: driver.stopping() });
         let (inner, id) = (Arc::clone(self), id.clone());
         self.tasks.spawn(
             async move {
@@ -232,5 +245,99 @@ impl Inner {
             }
             .instrument(span),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use isopod_image_store::{ImageStore, StoreConfig};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::config::{Config, RawConfig};
+    use crate::container::{ContainerRecord, ContainerState};
+    use crate::guest::GuestError;
+    use crate::index::Index;
+    use crate::network::Network;
+    use crate::store::Store;
+    use crate::vmm::{VSOCK_SOCKET, Vm};
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    fn context(directory: &Path) -> Context {
+        let raw = RawConfig {
+            root: Some(directory.join("root")),
+            state: Some(directory.join("state")),
+            ..RawConfig::default()
+        };
+        let config = Config::check(raw).expect("a good configuration");
+        std::fs::create_dir(&config.root).expect("made");
+        let store = Store::open(&config.root.join("state.redb")).expect("opened");
+        let images = ImageStore::open(StoreConfig::new(config.root.join("images"))).expect("opened");
+        let network = Network::new(config.network.clone(), store.clone());
+        Context { config, store, images, network, index: Index::default() }
+    }
+
+    fn created(sandbox: &ObjectId) -> ContainerRecord {
+        ContainerRecord {
+            id: ObjectId::from_random([2; 32]),
+            sandbox: sandbox.clone(),
+            config: cri::ContainerConfig::default(),
+            image_id: "sha256:00".into(),
+            layers: 1,
+            created_at: 1,
+            state: ContainerState::Created,
+            log_path: None,
+            stop_signal: 15,
+            user: None,
+            process: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stop_does_not_wait_for_a_start_that_hangs_in_the_guest() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let context = Arc::new(context(directory.path()));
+        let mut record = SandboxRecord::for_tests(ObjectId::from_random([1; 32]));
+        let (sandbox, state) = (record.id.clone(), resources::directory(&context, &record.id));
+        std::fs::create_dir_all(&state).expect("made");
+        let mut vmm = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        record.vm = Some(Vm::of_process(vmm.id() as i32, &state).identity());
+
+        // A guest that takes every connection and says nothing.
+        let listener = UnixListener::bind(state.join(VSOCK_SOCKET)).expect("bound");
+        let (connected, connection) = oneshot::channel();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("the daemon");
+            while stream.read_u8().await.expect("a line") != b'\n' {}
+            stream.write_all(b"OK 1\n").await.expect("written");
+            let _ = connected.send(()); // It is awaited.
+            std::future::pending::<()>().await;
+            drop(stream);
+        });
+
+        let runtime = Runtime::new(Arc::clone(&context));
+        let container = created(&sandbox);
+        let id = container.id.clone();
+        let driver = Driver::resume(context, record, vec![container]).await.expect("it is ready");
+        runtime.inner.launch(&sandbox, driver, tracing::Span::none());
+        let (starting, name) = (runtime.clone(), sandbox.clone());
+        let start = tokio::spawn(async move { starting.ask(&name, |reply| Command::Start(id, reply)).await });
+        timeout(SOON, connection).await.expect("in time").expect("the start is under way");
+        let (stopping, name) = (runtime.clone(), sandbox.clone());
+        let stop = tokio::spawn(async move { stopping.ask(&name, Command::Stop).await });
+
+        let error = timeout(SOON, start).await.expect("given up").expect("no panic").expect_err("not started");
+        assert!(matches!(error, SandboxError::Guest { source: GuestError::GivenUp { .. }, .. }), "{error:?}");
+        vmm.kill().expect("killed");
+        vmm.wait().expect("reaped");
+        timeout(SOON, stop).await.expect("in time").expect("no panic").expect("stopped");
+        let shown = runtime.context().index.sandbox(sandbox.as_str()).expect("shown");
+        assert_eq!(shown.phase, SandboxPhase::NotReady);
+        assert!(!state.exists());
     }
 }

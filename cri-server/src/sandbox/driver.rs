@@ -2,7 +2,7 @@
 //!
 //! It takes commands from RPC handlers and events from its own tasks, one after the other. A handler that goes away changes
 //! nothing: the work is done here. What takes its time (a command in a container, the grace of a stop) runs in a task of
-//! the driver's and comes back as an event.
+//! the driver's and comes back as an event. A call of the guest that hangs is given up when the sandbox is to be stopped.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,6 +12,8 @@ use isopod_proto::agent::{StatsRequest, StatsResponse, WaitProcessResponse};
 use isopod_proto::{DiskId, ObjectId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+use tonic::{Response, Status};
 
 use super::admission::{self, Admission, Request};
 use super::bring_up::{Up, bring_up};
@@ -49,6 +51,13 @@ pub enum Command {
     Exec(ObjectId, Vec<String>, Option<Duration>, Reply<Outcome>),
     /// The guest's counters.
     Stats(Reply<StatsResponse>),
+}
+
+impl Command {
+    /// Nothing else of the sandbox matters once this is asked.
+    pub fn ends_sandbox(&self) -> bool {
+        matches!(self, Self::Stop(_) | Self::Remove(_))
+    }
 }
 
 /// What the driver's own tasks tell it.
@@ -99,6 +108,8 @@ pub struct Driver {
     pub(super) tasks: JoinSet<()>,
     pub(super) events: mpsc::UnboundedReceiver<Event>,
     pub(super) sender: mpsc::UnboundedSender<Event>,
+    /// Set when a stop waits for what the driver is at. It stays set, as a sandbox that is stopped never runs again.
+    pub(super) stopping: CancellationToken,
 }
 
 impl Drop for Driver {
@@ -123,6 +134,25 @@ impl Driver {
             tasks: JoinSet::new(),
             events,
             sender,
+            stopping: CancellationToken::new(),
+        }
+    }
+
+    /// To be cancelled when a command that ends the sandbox is on its way.
+    pub fn stopping(&self) -> CancellationToken {
+        self.stopping.clone()
+    }
+
+    /// [`Guest::call`], given up when the sandbox is to be stopped.
+    pub(super) async fn call<T>(
+        &self,
+        call: &'static str,
+        deadline: Duration,
+        answer: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, GuestError> {
+        tokio::select! {
+            answer = Guest::call(call, deadline, answer) => answer,
+            () = self.stopping.cancelled() => Err(GuestError::GivenUp { call }),
         }
     }
 

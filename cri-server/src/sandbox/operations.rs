@@ -11,6 +11,7 @@ use isopod_proto::agent::{
 };
 use prost::Message;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::admission::{ContainerPhase, Request};
 use super::driver::{Container, Driver, Event, Reply};
@@ -29,6 +30,8 @@ const SIGKILL: u32 = 9;
 const KILL_DEADLINE: Duration = Duration::from_secs(60);
 /// How long all containers of a stopped sandbox may take.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the guest of a stopped sandbox may take to kill them.
+const LAST_KILL_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the guest may take to power off, and then the VMM to end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -71,7 +74,7 @@ impl Driver {
         self.attach(&image).await?;
         let mut client = self.up()?.guest.client();
         let answer = client.create_container(request);
-        let created = Guest::call("CreateContainer", LONG, answer).await;
+        let created = self.call("CreateContainer", LONG, answer).await;
         let created = match created {
             Ok(created) => created,
             Err(source) => {
@@ -155,7 +158,7 @@ impl Driver {
         plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give the image to the VM", source })?;
         let mut client = up.guest.client();
         let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), layers: disk.layers });
-        match Guest::call("AttachDisk", LONG, answer).await {
+        match self.call("AttachDisk", LONG, answer).await {
             Ok(_) => {
                 self.disks.insert(id);
                 Ok(())
@@ -184,7 +187,7 @@ impl Driver {
         let Ok(up) = self.up() else { return true };
         let mut client = up.guest.client();
         let answer = client.detach_disk(DetachDiskRequest { id: disk.to_string() });
-        if let Err(error) = Guest::call("DetachDisk", LONG, answer).await {
+        if let Err(error) = self.call("DetachDisk", LONG, answer).await {
             tracing::warn!(%disk, error = chain(&error), "the guest keeps a disk that is not used");
             return false;
         }
@@ -220,7 +223,7 @@ impl Driver {
         self.open_log(id)?;
         let mut client = self.up()?.guest.client();
         let answer = client.start_container(StartContainerRequest { id: id.to_string() });
-        Guest::call("StartContainer", LONG, answer).await.map(drop).map_err(guest_failed("cannot start the container"))
+        self.call("StartContainer", LONG, answer).await.map(drop).map_err(guest_failed("cannot start the container"))
     }
 
     async fn set_state(&mut self, id: &ObjectId, state: ContainerState) -> Result<(), SandboxError> {
@@ -304,7 +307,7 @@ impl Driver {
         let Ok(up) = self.up() else { return };
         let mut client = up.guest.client();
         let answer = client.signal(SignalRequest { process_id: id.to_string(), signal, all });
-        if let Err(error) = Guest::call("Signal", SHORT, answer).await {
+        if let Err(error) = self.call("Signal", SHORT, answer).await {
             // It may just have ended. If not, it is killed when its time is up, and its VM with the sandbox.
             tracing::info!(container = %id, signal, error = chain(&error), "a signal was not sent");
         }
@@ -315,7 +318,7 @@ impl Driver {
         let Some(container) = self.containers.get(id) else { return Ok(()) };
         if container.is_running() {
             self.kill_container(id).await;
-            self.until_ended(std::slice::from_ref(id), KILL_DEADLINE).await;
+            self.until_ended(std::slice::from_ref(id), KILL_DEADLINE, self.stopping.clone()).await;
             if self.containers.get(id).is_some_and(Container::is_running) {
                 let seconds = KILL_DEADLINE.as_secs();
                 return Err(SandboxError::Late { what: "the end of a killed container", seconds });
@@ -335,7 +338,7 @@ impl Driver {
         let Ok(up) = self.up() else { return };
         let mut client = up.guest.client();
         let answer = client.remove_container(RemoveContainerRequest { id: id.to_string() });
-        if let Err(error) = Guest::call("RemoveContainer", LONG, answer).await {
+        if let Err(error) = self.call("RemoveContainer", LONG, answer).await {
             tracing::warn!(container = %id, error = chain(&error), "the guest keeps a removed container");
         }
     }
@@ -378,13 +381,34 @@ impl Driver {
 
     // ---- the sandbox
 
-    /// Handles events until none of `ids` runs, or the deadline.
-    async fn until_ended(&mut self, ids: &[ObjectId], deadline: Duration) {
+    /// Handles events until none of `ids` runs, or the deadline, or there is something more urgent.
+    async fn until_ended(&mut self, ids: &[ObjectId], deadline: Duration, give_up: CancellationToken) {
         let deadline = Instant::now() + deadline;
         while ids.iter().any(|id| self.containers.get(id).is_some_and(Container::is_running)) {
-            match timeout_at(deadline, self.events.recv()).await {
-                Ok(Some(event)) => Box::pin(self.handle(event)).await,
-                Ok(None) | Err(_) => return,
+            tokio::select! {
+                event = timeout_at(deadline, self.events.recv()) => match event {
+                    Ok(Some(event)) => Box::pin(self.handle(event)).await,
+                    Ok(None) | Err(_) => return,
+                },
+                () = give_up.cancelled() => return,
+            }
+        }
+    }
+
+    /// Kills all of `ids`, though the sandbox is to be stopped.
+    async fn kill_all(&self, ids: &[ObjectId]) {
+        let Ok(up) = self.up() else { return };
+        let kill = |id: &ObjectId| {
+            let (mut client, process_id) = (up.guest.client(), id.to_string());
+            async move {
+                let answer = client.signal(SignalRequest { process_id, signal: SIGKILL, all: true });
+                Guest::call("Signal", LAST_KILL_DEADLINE, answer).await
+            }
+        };
+        for result in futures_util::future::join_all(ids.iter().map(kill)).await {
+            if let Err(error) = result {
+                // It may just have ended. If not, it is killed with the VM.
+                tracing::info!(error = chain(&error), "a container of a stopped sandbox was not killed");
             }
         }
     }
@@ -398,10 +422,8 @@ impl Driver {
                 .filter(|container| container.is_running())
                 .map(|c| c.record.id.clone())
                 .collect();
-            for id in &running {
-                self.kill_container(id).await;
-            }
-            self.until_ended(&running, STOP_DEADLINE).await;
+            self.kill_all(&running).await;
+            self.until_ended(&running, STOP_DEADLINE, CancellationToken::new()).await;
             self.power_off().await;
             self.vm_ended(&VmEnd { message: "the sandbox was stopped".to_owned(), console: String::new() }).await;
         }
