@@ -24,6 +24,7 @@ use crate::grpc::{Images, Sandboxes};
 use crate::index::Index;
 use crate::network::Network;
 use crate::runtime::Runtime;
+use crate::sandbox::scratch;
 use crate::store::Store;
 
 /// How long requests in flight may take after the daemon is told to end.
@@ -46,6 +47,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let images = ImageStore::open(image_config(&config))?;
     let network = Network::new(config.network.clone(), store.clone());
     let socket = config.socket.clone();
+    prepare_node(&config, &network).await;
     let context = Context { config, store, images: images.clone(), network, index: Index::default() };
     let runtime = Runtime::new(Arc::new(context));
     runtime.resume(stored).await;
@@ -85,6 +87,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     runtime.drain(DRAIN).await;
     Ok(())
+}
+
+/// Makes what all pods share before the first one needs it. A failure is not the daemon's end: the first pod tries again, and its
+/// error says what is wrong.
+async fn prepare_node(config: &Config, network: &Network) {
+    if let Err(error) = network.prepare().await {
+        tracing::warn!(error = &error as &dyn std::error::Error, "the pod network cannot be made yet");
+    }
+    let (root, bytes) = (config.root.clone(), config.vmm.scratch_bytes);
+    match tokio::task::spawn_blocking(move || scratch::prepare(&root, bytes)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "no scratch disk can be made yet"),
+        Err(error) => tracing::warn!(%error, "no scratch disk can be made yet"),
+    }
 }
 
 fn image_config(config: &Config) -> StoreConfig {

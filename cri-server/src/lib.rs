@@ -18,6 +18,7 @@ pub mod daemon;
 pub mod grpc;
 pub mod guest;
 pub mod index;
+pub mod leftovers;
 pub mod network;
 mod object_id;
 pub mod runtime;

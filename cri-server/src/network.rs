@@ -97,7 +97,7 @@ impl NetworkError {
 }
 
 impl Network {
-    /// The network that `config` describes. Nothing is made before the first pod.
+    /// The network that `config` describes. Nothing is made before [`Network::prepare`] or the first pod.
     pub fn new(config: NetworkConfig, store: Store) -> Self {
         Self { config, store, prepared: Mutex::new(false) }
     }
@@ -154,7 +154,8 @@ impl Network {
         self.store.release_orphans(known.to_vec()).await.map_err(NetworkError::Address)
     }
 
-    async fn prepare(&self) -> Result<(), NetworkError> {
+    /// Makes the bridge, forwarding and masquerading, unless they are there. The daemon does so at its start; each pod asks again.
+    pub async fn prepare(&self) -> Result<(), NetworkError> {
         let mut prepared = self.prepared.lock().await;
         if *prepared {
             // Somebody may have deleted the bridge meanwhile.

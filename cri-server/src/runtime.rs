@@ -15,8 +15,9 @@ use crate::container::{SpecError, check_sandbox};
 use crate::context::Context;
 use crate::cri;
 use crate::grpc::status::chain;
+use crate::leftovers;
 use crate::sandbox::driver::{Command, Driver, Reply};
-use crate::sandbox::{SandboxError, SandboxKey, SandboxPhase, SandboxRecord, now, resources};
+use crate::sandbox::{SandboxError, SandboxKey, SandboxPhase, SandboxRecord, now};
 use crate::store::Stored;
 
 /// Commands that may wait for a driver.
@@ -91,34 +92,7 @@ impl Runtime {
                 tracing::error!(container = %orphan.id, error = chain(&error), "a container of no sandbox is kept");
             }
         }
-        self.remove_leftovers(&kept).await;
-    }
-
-    /// Removes taps, addresses, directories and scratch disks that no sandbox has.
-    async fn remove_leftovers(&self, kept: &[ObjectId]) {
-        let context = &self.inner.context;
-        if let Err(error) = context.network.remove_orphans(kept).await {
-            tracing::warn!(error = chain(&error), "left-over taps or addresses are not removed");
-        }
-        let directories = kept.iter().map(|id| resources::directory(context, id)).collect::<Vec<_>>();
-        let scratches =
-            kept.iter().map(|id| crate::sandbox::scratch::path(&context.config.root, id)).collect::<Vec<_>>();
-        for (parent, known) in
-            [(context.config.state.join("sandboxes"), directories), (context.config.root.join("scratch"), scratches)]
-        {
-            for entry in std::fs::read_dir(&parent).into_iter().flatten().flatten() {
-                let path = entry.path();
-                let is_template = entry.file_name().to_string_lossy().starts_with("template-");
-                if known.contains(&path) || is_template {
-                    continue;
-                }
-                tracing::info!(path = %path.display(), "removing what no sandbox has");
-                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-                if let Err(error) = removed {
-                    tracing::warn!(path = %path.display(), %error, "it cannot be removed");
-                }
-            }
-        }
+        leftovers::remove(context, &kept).await;
     }
 
     /// RunPodSandbox.
@@ -263,6 +237,7 @@ mod tests {
     use crate::guest::GuestError;
     use crate::index::Index;
     use crate::network::Network;
+    use crate::sandbox::resources;
     use crate::store::Store;
     use crate::vmm::{VSOCK_SOCKET, Vm};
 

@@ -17,7 +17,7 @@ fn moved_into_namespace(test: &str) -> bool {
         return false;
     }
     if !rustix::process::geteuid().is_root() {
-        println!("SKIP {test}: not root");
+        println!("skipped: {test} needs root");
         return true;
     }
     let output = Command::new("unshare")

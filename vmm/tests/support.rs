@@ -26,7 +26,7 @@ pub fn kvm_is_there() -> bool {
     let opened = File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &opened {
         assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "/dev/kvm cannot be opened: {error}");
-        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
+        println!("skipped: /dev/kvm cannot be opened: {error}");
     }
     opened.is_ok()
 }

@@ -49,12 +49,18 @@ pub fn path(root: &Path, sandbox: &ObjectId) -> PathBuf {
     root.join("scratch").join(format!("{sandbox}.ext4"))
 }
 
-/// Makes a sandbox's scratch disk of `bytes` bytes. Blocks.
-pub fn make(root: &Path, sandbox: &ObjectId, bytes: u64) -> Result<File, ScratchError> {
+/// Makes the template that scratch disks of `bytes` bytes are copied from, unless it is there. Blocks.
+pub fn prepare(root: &Path, bytes: u64) -> Result<PathBuf, ScratchError> {
     let template = root.join("scratch").join(format!("template-{bytes}.ext4"));
     if !template.exists() {
         make_template(&template, bytes)?;
     }
+    Ok(template)
+}
+
+/// Makes a sandbox's scratch disk of `bytes` bytes. Blocks.
+pub fn make(root: &Path, sandbox: &ObjectId, bytes: u64) -> Result<File, ScratchError> {
+    let template = prepare(root, bytes)?;
     let path = path(root, sandbox);
     let failed = |doing| {
         let path = path.clone();

@@ -192,6 +192,20 @@ impl Vm {
         }
     }
 
+    /// Every VMM process whose directory is, or was, in `parent`: known by its log, which is its standard output.
+    pub fn find_all(parent: &Path) -> Vec<Self> {
+        let Ok(parent) = parent.canonicalize() else { return Vec::new() };
+        let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let find = |pid| {
+            let start_time = start_time(pid).ok()?;
+            let directory = directory_of(&std::fs::read_link(format!("/proc/{pid}/fd/1")).ok()?, &parent)?;
+            // That it is still the same process is looked at once more.
+            Self::find(VmIdentity { pid, start_time }, &directory).ok()
+        };
+        pids.filter_map(find).collect()
+    }
+
     /// A VM that is any process.
     #[cfg(test)]
     pub fn of_process(pid: i32, directory: &Path) -> Self {
@@ -279,6 +293,13 @@ impl Drop for Started {
     }
 }
 
+/// The VM's directory in `parent`, from where the kernel says that its log is; it may be deleted.
+fn directory_of(log: &Path, parent: &Path) -> Option<PathBuf> {
+    let name = log.file_name()?.to_str()?;
+    let directory = log.parent().filter(|directory| directory.parent() == Some(parent))?;
+    matches!(name, "vmm.log" | "vmm.log (deleted)").then(|| directory.to_owned())
+}
+
 fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
     let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("not a pid"))?;
     Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
@@ -334,6 +355,16 @@ mod tests {
         let stat = format!("17 (a) b (c) S) {}", fields.join(" "));
         assert_eq!(parse_start_time(&stat), Some(22));
         assert_eq!(parse_start_time("17 (x"), None);
+    }
+
+    #[test]
+    fn a_log_tells_its_vm_only_right_below_the_state_directory() {
+        let of = |log: &str| directory_of(Path::new(log), Path::new("/run/isopod/sandboxes"));
+        assert_eq!(of("/run/isopod/sandboxes/ab/vmm.log"), Some("/run/isopod/sandboxes/ab".into()));
+        assert_eq!(of("/run/isopod/sandboxes/ab/vmm.log (deleted)"), Some("/run/isopod/sandboxes/ab".into()));
+        for other in ["/run/isopod/sandboxes/vmm.log", "/run/isopod/sandboxes/ab/c/vmm.log", "/dev/null", "pipe:[1]"] {
+            assert_eq!(of(other), None, "{other}");
+        }
     }
 
     #[test]

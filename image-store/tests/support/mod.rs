@@ -85,7 +85,7 @@ pub fn root() -> bool {
 fn skip_unless(there: bool, why: &str) -> bool {
     if !there {
         assert!(std::env::var("CI").as_deref() != Ok("true"), "under CI=true nothing may be skipped: {why}");
-        println!("SKIPPED: {why}");
+        println!("skipped: {why}");
     }
     there
 }

@@ -18,6 +18,10 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 const MEMORY_BYTES: u64 = 128 << 20;
 const RUNS: usize = 5;
+/// Where QEMU puts the initramfs: above the kernel, below the end of memory.
+const INITRD_ADDRESS: u64 = 64 << 20;
+/// As isopod-vmm's own.
+const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1 no_timer_check";
 const DEADLINE: Duration = Duration::from_secs(120);
 
 struct Sample {
@@ -68,14 +72,15 @@ fn boot_qemu(kernel: &Path, initramfs: &Path) -> Result<Sample> {
     let counter = ExitCounter::start()?;
     let start = Instant::now();
     let mut child = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host", "-smp", "1"])
+        .args(["-M", "microvm,acpi=on,pcie=on,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host", "-smp", "1"])
         .args(["-m", &format!("{}M", MEMORY_BYTES >> 20), "-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-serial", "null", "-no-reboot", "-device", "vhost-vsock-device,guest-cid=3"])
-        .args(["-append", "quiet console=ttyS0 reboot=t panic=-1"])
+        .args(["-serial", "null", "-no-reboot"])
+        .args(["-device", "vhost-vsock-pci,guest-cid=3", "-device", "virtio-rng-pci"])
+        // Not -initrd: QEMU 10.0 loads it over microvm's ACPI tables.
+        .args(["-device", &format!("loader,file={},addr={INITRD_ADDRESS:#x},force-raw=on", initramfs.display())])
+        .args(["-append", &format!("{CMDLINE} initrdmem={INITRD_ADDRESS:#x},{}", initramfs.metadata()?.len())])
         .arg("-kernel")
         .arg(kernel)
-        .arg("-initrd")
-        .arg(initramfs)
         .stdin(Stdio::null())
         .spawn()
         .context("cannot start qemu-system-x86_64")?;
