@@ -23,12 +23,16 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
 
+use crate::vmm::Vm;
+
 pub use stream::{Input, Output};
 
 /// For calls that answer at once.
 pub const SHORT: Duration = Duration::from_secs(20);
 /// For calls that mount or start something.
 pub const LONG: Duration = Duration::from_secs(100);
+/// How long the reason of a lost connection is waited for.
+const END_GRACE: Duration = Duration::from_secs(2);
 /// Longest line of the vsock socket's handshake.
 const MAX_LINE: usize = 64;
 
@@ -66,6 +70,16 @@ pub enum GuestError {
         /// What was asked.
         call: &'static str,
     },
+    /// Its VM ended meanwhile.
+    #[error("{call} in the guest: the VM ended: {message}{}", crate::vmm::shown(console))]
+    VmEnded {
+        /// What was asked.
+        call: &'static str,
+        /// Why it ended.
+        message: String,
+        /// The end of the console's output.
+        console: String,
+    },
     /// The connection failed.
     #[error("cannot {doing} the guest through {socket}")]
     Connection {
@@ -101,12 +115,25 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// This error of `call`, or the end of `vm` if that is what it comes of.
+    pub async fn or_end_of(self, vm: &Vm, call: &'static str) -> Self {
+        if self.kind() != ErrorKind::Unavailable {
+            return self;
+        }
+        match timeout(END_GRACE, vm.ended()).await {
+            Ok(end) => Self::VmEnded { call, message: end.message.clone(), console: end.console.clone() },
+            Err(_) => self,
+        }
+    }
+
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Refused { kind, .. } => *kind,
-            Self::GivenUp { .. } | Self::Connection { .. } | Self::Handshake { .. } => ErrorKind::Unavailable,
+            Self::GivenUp { .. } | Self::VmEnded { .. } | Self::Connection { .. } | Self::Handshake { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::Malformed { .. } => ErrorKind::Corrupt,
             Self::Version { .. } => ErrorKind::FailedPrecondition,
         }
@@ -291,6 +318,21 @@ mod tests {
     async fn a_line_without_an_end_is_refused() {
         let (_directory, socket) = fake_vmm(vec![b'x'; 1000]);
         assert!(matches!(connect(&socket, 1).await, Err(GuestError::Handshake { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_connection_lost_with_the_vm_is_told_by_the_vms_end() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::write(directory.path().join("vmm.log"), "out of descriptors\n").expect("written");
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        let vm = Vm::of_process(child.id() as i32, directory.path());
+        let lost = || GuestError::Handshake { line: String::new() };
+        let refused = GuestError::Deadline { call: "X", deadline: SHORT };
+        assert!(matches!(refused.or_end_of(&vm, "X").await, GuestError::Deadline { .. }));
+        child.kill().expect("killed");
+        child.wait().expect("reaped");
+        let error = lost().or_end_of(&vm, "CreateContainer").await.to_string();
+        assert!(error.starts_with("CreateContainer") && error.contains("out of descriptors"), "{error}");
     }
 
     #[tokio::test]

@@ -136,7 +136,7 @@ impl VmmError {
 }
 
 /// The last lines of a console, as an addition to a message.
-fn shown(console: &str) -> String {
+pub(crate) fn shown(console: &str) -> String {
     if console.is_empty() { String::new() } else { format!("; console:\n{console}") }
 }
 

@@ -25,6 +25,8 @@ use crate::vmm::{self, BootDisk, VSOCK_SOCKET, Vm, VmSpec, VmmError, console_tai
 
 /// The scratch disk's id in the VM.
 const SCRATCH_DISK: &str = "scratch";
+/// The agent's call that makes a guest a pod.
+const CONFIGURE: &str = "ConfigurePod";
 /// How long the reason of a lost connection is waited for.
 const END_GRACE: Duration = Duration::from_secs(3);
 
@@ -79,6 +81,9 @@ pub enum BringUpError {
     /// The guest.
     #[error("no contact with the guest")]
     Guest(#[source] GuestError),
+    /// The guest does not become the pod it is to be.
+    #[error("the guest cannot be made the pod")]
+    Configure(#[source] GuestError),
     /// The agent does not report.
     #[error("the agent said no hello within {} s; console:\n{console}", deadline.as_secs())]
     NoHello {
@@ -105,7 +110,7 @@ impl BringUpError {
             Self::Cgroup(error) => error.kind(),
             Self::Network(error) => error.kind(),
             Self::Vmm(error) => error.kind(),
-            Self::Guest(error) => error.kind(),
+            Self::Guest(error) | Self::Configure(error) => error.kind(),
             Self::NoHello { .. } => ErrorKind::DeadlineExceeded,
             Self::State(error) => error.kind(),
         }
@@ -143,7 +148,9 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
         "the guest is up"
     );
     let guest = Guest::new(directory.join(VSOCK_SOCKET));
-    configure(context, record, &guest, address).await?;
+    if let Err(error) = configure(context, record, &guest, address).await {
+        return Err(BringUpError::Configure(error.or_end_of(&vm, CONFIGURE).await));
+    }
     Ok(Up { vm: Arc::new(vm), guest })
 }
 
@@ -224,7 +231,7 @@ async fn configure(
     record: &SandboxRecord,
     guest: &Guest,
     address: Ipv4Addr,
-) -> Result<(), BringUpError> {
+) -> Result<(), GuestError> {
     let mac = mac_of(address).map(|byte| format!("{byte:02x}")).join(":");
     let hostname = record.hostname();
     // A node without the file has no resolver to offer.
@@ -250,5 +257,5 @@ async fn configure(
         shm_size_bytes: 0,
     };
     let mut client = guest.client();
-    Guest::call("ConfigurePod", LONG, client.configure_pod(request)).await.map(drop).map_err(BringUpError::Guest)
+    Guest::call(CONFIGURE, LONG, client.configure_pod(request)).await.map(drop)
 }

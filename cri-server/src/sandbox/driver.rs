@@ -150,9 +150,13 @@ impl Driver {
         deadline: Duration,
         answer: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, GuestError> {
-        tokio::select! {
+        let answer = tokio::select! {
             answer = Guest::call(call, deadline, answer) => answer,
-            () = self.stopping.cancelled() => Err(GuestError::GivenUp { call }),
+            () = self.stopping.cancelled() => return Err(GuestError::GivenUp { call }),
+        };
+        match (answer, &self.up) {
+            (Err(error), Some(up)) => Err(error.or_end_of(&up.vm, call).await),
+            (answer, _) => answer,
         }
     }
 
