@@ -17,6 +17,7 @@ pub mod resources;
 pub mod scratch;
 pub mod size;
 
+mod ending;
 pub mod exec;
 mod monitor;
 mod operations;

@@ -1,4 +1,4 @@
-//! What a driver does to its containers and its VM.
+//! What a driver does to its containers.
 
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -6,34 +6,26 @@ use std::time::Duration;
 use isopod_image_store::Image;
 use isopod_proto::ObjectId;
 use isopod_proto::agent::{
-    self, AttachDiskRequest, DetachDiskRequest, RemoveContainerRequest, ShutdownRequest, SignalRequest,
-    StartContainerRequest, WaitProcessResponse,
+    self, AttachDiskRequest, DetachDiskRequest, RemoveContainerRequest, SignalRequest, StartContainerRequest,
+    WaitProcessResponse,
 };
 use prost::Message;
-use tokio::time::{Instant, timeout, timeout_at};
-use tokio_util::sync::CancellationToken;
 
 use super::admission::{ContainerPhase, Request};
 use super::driver::{Container, Driver, Event, Reply};
 use super::exec::{self, Outcome};
-use super::{SandboxError, SandboxPhase, now, resources};
+use super::{SandboxError, now, resources};
 use crate::container::{
     self, ContainerRecord, ContainerState, Exit, START_FAILED, SpecError, User, create_request, exec_process, reason,
 };
 use crate::cri;
 use crate::grpc::status::chain;
-use crate::guest::{Guest, GuestError, LONG, SHORT};
-use crate::vmm::{self, DiskFile, VmEnd};
+use crate::guest::{GuestError, LONG, SHORT};
+use crate::vmm::{self, DiskFile};
 
-const SIGKILL: u32 = 9;
+pub(super) const SIGKILL: u32 = 9;
 /// How long a killed container may take to end, with its log.
 const KILL_DEADLINE: Duration = Duration::from_secs(60);
-/// How long all containers of a stopped sandbox may take.
-const STOP_DEADLINE: Duration = Duration::from_secs(15);
-/// How long the guest of a stopped sandbox may take to kill them.
-const LAST_KILL_DEADLINE: Duration = Duration::from_secs(5);
-/// How long the guest may take to power off, and then the VMM to end.
-const POWER_OFF_DEADLINE: Duration = Duration::from_secs(10);
 
 fn guest_failed(doing: &'static str) -> impl FnOnce(GuestError) -> SandboxError {
     move |source| SandboxError::Guest { doing, source }
@@ -44,8 +36,6 @@ fn not_found(id: &ObjectId) -> SandboxError {
 }
 
 impl Driver {
-    // ---- containers
-
     /// CreateContainer.
     pub(super) async fn create(&mut self, config: cri::ContainerConfig) -> Result<ObjectId, SandboxError> {
         self.admit(&self.record.id.clone(), Request::CreateContainer)?;
@@ -248,7 +238,7 @@ impl Driver {
         self.exit(id, exit).await;
     }
 
-    async fn exit(&mut self, id: &ObjectId, exit: Exit) {
+    pub(super) async fn exit(&mut self, id: &ObjectId, exit: Exit) {
         if let Err(error) = self.set_state(id, ContainerState::Exited(exit)).await {
             // Shown all the same: it is true, and a later daemon finds it out again.
             tracing::error!(container = %id, error = chain(&error), "the end of a container is not kept");
@@ -377,127 +367,6 @@ impl Driver {
         let first = agent::Process::decode(record.process.as_slice()).unwrap_or_default();
         let process = exec_process(&first, command, record.config.tty, false);
         Ok((self.up()?.clone(), exec::Command { container: id.clone(), process, limit }))
-    }
-
-    // ---- the sandbox
-
-    /// Handles events until none of `ids` runs, or the deadline, or there is something more urgent.
-    async fn until_ended(&mut self, ids: &[ObjectId], deadline: Duration, give_up: CancellationToken) {
-        let deadline = Instant::now() + deadline;
-        while ids.iter().any(|id| self.containers.get(id).is_some_and(Container::is_running)) {
-            tokio::select! {
-                event = timeout_at(deadline, self.events.recv()) => match event {
-                    Ok(Some(event)) => Box::pin(self.handle(event)).await,
-                    Ok(None) | Err(_) => return,
-                },
-                () = give_up.cancelled() => return,
-            }
-        }
-    }
-
-    /// Kills all of `ids`, though the sandbox is to be stopped.
-    async fn kill_all(&self, ids: &[ObjectId]) {
-        let Ok(up) = self.up() else { return };
-        let kill = |id: &ObjectId| {
-            let (mut client, process_id) = (up.guest.client(), id.to_string());
-            async move {
-                let answer = client.signal(SignalRequest { process_id, signal: SIGKILL, all: true });
-                Guest::call("Signal", LAST_KILL_DEADLINE, answer).await
-            }
-        };
-        for result in futures_util::future::join_all(ids.iter().map(kill)).await {
-            if let Err(error) = result {
-                // It may just have ended. If not, it is killed with the VM.
-                tracing::info!(error = chain(&error), "a container of a stopped sandbox was not killed");
-            }
-        }
-    }
-
-    /// StopPodSandbox.
-    pub(super) async fn stop(&mut self) -> Result<(), SandboxError> {
-        if self.record.phase == SandboxPhase::Ready {
-            let running: Vec<_> = self
-                .containers
-                .values()
-                .filter(|container| container.is_running())
-                .map(|c| c.record.id.clone())
-                .collect();
-            self.kill_all(&running).await;
-            self.until_ended(&running, STOP_DEADLINE, CancellationToken::new()).await;
-            self.power_off().await;
-            self.vm_ended(&VmEnd { message: "the sandbox was stopped".to_owned(), console: String::new() }).await;
-        }
-        resources::release(&self.context, &self.record).await?;
-        self.record.address = None;
-        self.record.cgroup = None;
-        self.record.vm = None;
-        self.save().await
-    }
-
-    /// Asks the guest to power off, then the VMM to stop; what is left after that is killed when it is released.
-    async fn power_off(&mut self) {
-        let Some(up) = self.up.clone() else { return };
-        let mut client = up.guest.client();
-        tokio::select! {
-            answer = Guest::call("Shutdown", POWER_OFF_DEADLINE, client.shutdown(ShutdownRequest {})) => {
-                if let Err(error) = answer {
-                    tracing::debug!(%error, "the guest did not say that it powers off");
-                }
-            }
-            _ = up.vm.ended() => return,
-        }
-        if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_ok() {
-            return;
-        }
-        tracing::warn!("the guest does not power off; its VM is stopped");
-        if let Err(error) = vmm::stop(up.vm.directory()).await {
-            tracing::warn!(error = chain(&error), "the VM does not stop");
-        } else if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_err() {
-            tracing::warn!("the VM does not stop");
-        }
-    }
-
-    /// The VM has ended, or is to be taken as ended: nothing in it runs.
-    pub(super) async fn vm_ended(&mut self, end: &VmEnd) {
-        if self.record.phase != SandboxPhase::Ready {
-            return;
-        }
-        tracing::info!(reason = end.message, console = end.console, "the sandbox's VM ended");
-        self.up = None;
-        self.disks.clear();
-        let running: Vec<_> =
-            self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
-        for id in running {
-            // The streams have ended with the VM, so the log is complete in a moment.
-            if let Some(follower) = self.containers.get_mut(&id).and_then(|container| container.follower.take()) {
-                let abort = follower.abort_handle();
-                if timeout(SHORT, follower).await.is_err() {
-                    abort.abort();
-                }
-            }
-            if let Some(container) = self.containers.get(&id) {
-                let exit = container.record.state.lost(now(), format!("the sandbox's VM ended: {}", end.message));
-                self.exit(&id, exit).await;
-            }
-        }
-        self.record.phase = SandboxPhase::NotReady;
-        if let Err(error) = self.save().await {
-            tracing::error!(error = chain(&error), "the end of a sandbox is not kept");
-            self.context.index.publish_sandbox(&self.record);
-        }
-    }
-
-    /// RemovePodSandbox.
-    pub(super) async fn remove(&mut self) -> Result<(), SandboxError> {
-        self.stop().await?;
-        for id in self.containers.keys() {
-            self.context.store.remove_container(id).await?;
-            self.context.index.remove_container(id);
-        }
-        self.containers.clear();
-        self.context.store.remove_sandbox(&self.record.id).await?;
-        self.context.index.remove_sandbox(&self.record.id);
-        Ok(())
     }
 }
 
