@@ -136,7 +136,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Sends a signal to a process, or to all of its container.
+    /// Sends a signal to a process, or to all of its cgroup.
     pub fn signal(&self, request: &SignalRequest) -> Result<()> {
         let SignalRequest { process_id, signal, all } = request;
         let number = i32::try_from(*signal).ok().filter(|number| (1..=64).contains(number));
@@ -145,12 +145,11 @@ impl Agent {
         if !all {
             return process.signal(number);
         }
-        let container = self.container(&process.container_id)?;
         if number == libc::SIGKILL {
-            container.cgroup.kill();
+            process.cgroup.kill();
             return Ok(());
         }
-        for pid in container.cgroup.processes() {
+        for pid in process.cgroup.processes() {
             // A process may have ended since the list was read. Its id is not used again before the reaper has run, and
             // for an orphan of another parent in the container the worst is a signal to a newer process of the same guest.
             let _ = sys::kill(pid, number);
@@ -221,6 +220,7 @@ impl Agent {
             return Err(Error::precondition(format!("process {id} still runs")));
         }
         processes.remove(&id);
+        process.cgroup.remove_if_empty();
         process.abandon_output();
         Ok(())
     }

@@ -44,6 +44,18 @@ impl Cgroup {
         Ok(Self { path, directory })
     }
 
+    /// Makes a cgroup below this one for some of its processes. It has no limits of its own: no controller is passed on, so that
+    /// both may hold processes ("No Internal Process Constraint").
+    pub fn create_child(&self, name: &str) -> Result<Self> {
+        Self::create(&self.path, name)
+    }
+
+    /// Removes it if nothing is in it; otherwise it stays until what is around it is removed.
+    pub fn remove_if_empty(&self) {
+        // A command may leave processes behind, as daemons do; they live as long as the container.
+        let _ = fs::remove_dir(&self.path);
+    }
+
     /// A copy of the directory's descriptor, for CLONE_INTO_CGROUP.
     pub fn clone_directory(&self) -> Result<OwnedFd> {
         self.directory.try_clone().context(|| "duplicate a cgroup's descriptor")
@@ -98,10 +110,11 @@ impl Cgroup {
         let _ = fs::write(self.path.join("cgroup.kill"), "1");
     }
 
-    /// The process ids in it, as the agent's PID namespace has them.
+    /// The process ids in it and below it, as the agent's PID namespace has them.
     pub fn processes(&self) -> Vec<i32> {
-        let list = self.read("cgroup.procs").unwrap_or_default();
-        list.lines().filter_map(|line| line.parse().ok()).collect()
+        let mut found = Vec::new();
+        collect_processes(&self.path, 0, &mut found);
+        found
     }
 
     /// Kills what is left in it and removes it, with what the container made below it. Blocks.
@@ -123,6 +136,18 @@ impl Cgroup {
 
 /// How deep a container may nest cgroups for its removal to be tried.
 const MAX_DEPTH: u32 = 64;
+
+fn collect_processes(path: &Path, depth: u32, found: &mut Vec<i32>) {
+    // What cannot be read has gone, and its processes with it.
+    let list = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    found.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()));
+    let Ok(entries) = fs::read_dir(path) else { return };
+    for entry in entries.flatten() {
+        if depth < MAX_DEPTH && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect_processes(&entry.path(), depth + 1, found);
+        }
+    }
+}
 
 fn remove_tree(path: &Path, depth: u32) -> io::Result<()> {
     if depth < MAX_DEPTH {

@@ -103,7 +103,7 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
     let (mut prepared, streams) = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin)?;
 
     let pidfd = prepared.watched.pidfd.take();
-    let (init, ending) = Process::new(&request.id, &request.id, pidfd, streams, &cgroup);
+    let (init, ending) = Process::new(&request.id, &request.id, pidfd, streams, Arc::clone(&cgroup), 0);
     follow(&mut prepared, ending, Arc::clone(&cgroup), true);
     let user = ResolvedUser { uid: identity.uid, gid: identity.gid, supplemental_groups: identity.groups };
     let stage = Mutex::new(Stage::Created(prepared));
@@ -227,11 +227,15 @@ impl Container {
         let identity = users::resolve(self.root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
         let program = program::resolve(wanted, &identity)?;
         let mut launch = Launch { role: Role::Exec as i32, program: Some(program), ..Launch::default() };
-        let cgroup_directory = self.cgroup.clone_directory()?;
+        // A cgroup of its own, so that all it starts can be killed with it.
+        let cgroup = Arc::new(self.cgroup.create_child(&request.process_id)?);
+        let cgroup_directory = cgroup.clone_directory()?;
         let descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::Namespaces, target)];
-        let (mut prepared, streams) = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin)?;
+        let prepared = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin);
+        let (mut prepared, streams) = prepared.inspect_err(|_| cgroup.remove_if_empty())?;
         let pidfd = prepared.watched.pidfd.take();
-        let (process, ending) = Process::new(&request.process_id, &self.id, pidfd, streams, &self.cgroup);
+        let (process, ending) =
+            Process::new(&request.process_id, &self.id, pidfd, streams, cgroup, self.cgroup.oom_kills());
         follow(&mut prepared, ending, Arc::clone(&self.cgroup), false);
         prepared.go().inspect_err(|_| {
             process.kill();

@@ -30,6 +30,8 @@ pub struct Process {
     pub id: String,
     /// The container it is in.
     pub container_id: String,
+    /// The cgroup of the process and of all it starts: the container's, or, for a further process, one below it.
+    pub cgroup: Arc<Cgroup>,
     /// Its input, if it has one.
     pub input: Option<Arc<Input>>,
     outputs: Vec<(StreamKind, Arc<Output>)>,
@@ -97,13 +99,14 @@ impl Ending {
 }
 
 impl Process {
-    /// The process with these ids, whose output is read from now on.
+    /// The process with these ids, whose output is read from now on. `oom_kills_before` is the container's count at its start.
     pub fn new(
         id: &str,
         container_id: &str,
         pidfd: Option<OwnedFd>,
         streams: Streams,
-        cgroup: &Cgroup,
+        cgroup: Arc<Cgroup>,
+        oom_kills_before: u64,
     ) -> (Arc<Self>, Ending) {
         let (exit_sender, exit) = watch::channel(None);
         let (outcome_sender, outcome) = watch::channel(None);
@@ -119,14 +122,9 @@ impl Process {
             outputs.push((kind, output));
         }
         let input = streams.input.map(|target| Arc::new(Input::new(target)));
-        let ending = Ending {
-            exit: exit_sender,
-            outcome: outcome_sender,
-            input: input.clone(),
-            oom_kills_before: cgroup.oom_kills(),
-        };
+        let ending = Ending { exit: exit_sender, outcome: outcome_sender, input: input.clone(), oom_kills_before };
         let (id, container_id) = (id.to_owned(), container_id.to_owned());
-        (Arc::new(Self { id, container_id, input, outputs, terminal, pidfd, exit, outcome }), ending)
+        (Arc::new(Self { id, container_id, cgroup, input, outputs, terminal, pidfd, exit, outcome }), ending)
     }
 
     /// The output stream of this kind.

@@ -133,7 +133,7 @@ impl Drop for Collected {
 
 async fn kill(up: &Up, process_id: &str) {
     let mut client = up.guest.client();
-    let request = SignalRequest { process_id: process_id.to_owned(), signal: SIGKILL, all: false };
+    let request = SignalRequest { process_id: process_id.to_owned(), signal: SIGKILL, all: true };
     // It may not have been started, or have ended.
     if Guest::call("Signal", SHORT, client.signal(request)).await.is_ok()
         && timeout(SHORT, monitor::wait(up, process_id)).await.is_err()
