@@ -78,7 +78,7 @@ async fn ends_are_reported_as_they_were() -> anyhow::Result<()> {
 async fn a_container_that_ignores_its_stop_signal_is_killed_after_the_grace() -> anyhow::Result<()> {
     let pod = TestPod::run("deaf").await?;
     let container = pod.start(shell("deaf", "trap '' TERM; touch /deaf; sleep 1000 & wait; sleep 1000")).await?;
-    let deaf = async || container.exec(&["test", "-e", "/deaf"]).await.ok().filter(|end| end.exit_code == 0);
+    let deaf = async || container.exec(&["test", "-e", "/deaf"]).await.ok().filter(|end| end.code == 0);
     isopod_tests::fixture::eventually("deaf container", std::time::Duration::from_secs(30), deaf).await?;
     let start = std::time::Instant::now();
     container.stop(2).await?;
