@@ -2,8 +2,11 @@
 
 mod manifest;
 
+use std::time::Duration;
+
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use isopod_proto::ErrorKind;
+use tokio::sync::mpsc;
 
 use self::manifest::{Blob, Document, DocumentError};
 use crate::auth::Auth;
@@ -157,6 +160,12 @@ pub(crate) async fn pull(store: &ImageStore, reference: &str, auth: &Auth) -> Re
     Pull { store, name, registry }.run().await
 }
 
+/// How long the threads of layers that are given up may take to notice.
+const GIVE_UP: Duration = Duration::from_secs(10);
+
+/// What the threads that make a layer hold as long as they are at it: the pin, and a sign that they are busy.
+type Keep = (std::sync::Arc<Pin>, mpsc::Sender<()>);
+
 struct Pull<'a> {
     store: &'a ImageStore,
     name: ImageName,
@@ -177,10 +186,20 @@ impl Pull<'_> {
         // Every layer in it stays until the image is known. The threads that make layers hold it too.
         let pin = std::sync::Arc::new(self.store.inner.pin(&diff_ids));
         // Collected, as a stream that holds the closure is not provably Send (rust-lang/rust#64552).
-        let layers: Vec<_> =
-            blobs.iter().zip(&diff_ids).map(|(blob, diff_id)| self.layer(blob, diff_id, pin.clone())).collect();
+        let (busy, mut idle) = mpsc::channel::<()>(1);
+        let layers: Vec<_> = blobs
+            .iter()
+            .zip(&diff_ids)
+            .map(|(blob, diff_id)| self.layer(blob, diff_id, (pin.clone(), busy.clone())))
+            .collect();
+        drop(busy);
         let at_once = self.store.inner.config.max_concurrent_downloads;
-        stream::iter(layers).buffer_unordered(at_once).try_collect::<()>().await?;
+        let made = stream::iter(layers).buffer_unordered(at_once).try_collect::<()>().await;
+        if made.is_err() {
+            // The first failure gives up the other layers. What their threads have written is gone when the pull has failed.
+            let _ = tokio::time::timeout(GIVE_UP, idle.recv()).await;
+        }
+        made?;
         let mut names = vec![self.name.with_digest(&digest).to_string()];
         if matches!(self.name.version(), Version::Tag(_)) {
             names.push(self.name.to_string());
@@ -235,7 +254,7 @@ impl Pull<'_> {
     }
 
     /// Makes a layer, unless it is here.
-    async fn layer(&self, blob: &Blob, diff_id: &Digest, pin: std::sync::Arc<Pin>) -> Result<(), PullError> {
+    async fn layer(&self, blob: &Blob, diff_id: &Digest, keep: Keep) -> Result<(), PullError> {
         let inner = &self.store.inner;
         let failed = |source| PullError::Layer { reference: self.name.to_string(), layer: blob.digest.clone(), source };
         let lock = inner.making(diff_id);
@@ -253,7 +272,7 @@ impl Pull<'_> {
             temporary: inner.temporary_path(diff_id),
             target: inner.layer_path(diff_id),
             // Until the threads are done, nobody else starts on this layer and nobody removes it.
-            keep: (guard, pin),
+            keep: (guard, keep),
         };
         let (sink, result) = start(job).map_err(failed)?;
         let fetched = self.registry.blob(blob.digest.as_str(), blob.size, &sink).await;

@@ -44,6 +44,12 @@ pub enum ReferenceError {
         #[source]
         source: ParseError,
     },
+    /// The repository has capital letters.
+    #[error("image reference {reference:?} has capital letters in its repository")]
+    Uppercase {
+        /// What was given.
+        reference: String,
+    },
     /// The digest is not a SHA-256.
     #[error("image reference {reference:?} has a digest that is not sha256 with 64 lower-case digits")]
     Digest {
@@ -56,7 +62,9 @@ impl ReferenceError {
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::TooLong { .. } | Self::Malformed { .. } | Self::Digest { .. } => ErrorKind::InvalidArgument,
+            Self::TooLong { .. } | Self::Malformed { .. } | Self::Uppercase { .. } | Self::Digest { .. } => {
+                ErrorKind::InvalidArgument
+            }
         }
     }
 }
@@ -75,6 +83,10 @@ impl ImageName {
             ),
             (None, tag) => Version::Tag(tag.unwrap_or("latest").to_owned()),
         };
+        // The parser takes them; no registry does.
+        if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(ReferenceError::Uppercase { reference: reference.to_owned() });
+        }
         Ok(Self { registry: parsed.registry().to_owned(), repository: parsed.repository().to_owned(), version })
     }
 
