@@ -246,14 +246,14 @@ fn build(entries: &[Entry]) -> (Vec<u8>, Model) {
         let is_dir = existing.as_ref().is_some_and(|(node, _)| node.kind == Kind::Dir);
         match (&entry.whiteout, link) {
             (Whiteout::Opaque, _) => {
-                write_entry(&mut tar, join(".wh..wh..opq").as_bytes(), &whiteout_file(), None);
+                write_entry(&mut tar, join(".wh..wh..opq").as_bytes(), &empty_file(), None);
                 match model.tree.get_mut(parent.as_bytes()) {
                     Some((node, _)) => set_opaque(node),
                     None => set_opaque(model.root.get_or_insert_with(implicit)),
                 }
             }
             (Whiteout::File, _) => {
-                write_entry(&mut tar, join(&format!(".wh.{name}")).as_bytes(), &whiteout_file(), None);
+                write_entry(&mut tar, join(&format!(".wh.{name}")).as_bytes(), &empty_file(), None);
                 match existing {
                     None => model.put(path.as_bytes().to_vec(), whiteout_node()),
                     Some(_) if is_dir => set_opaque(&mut model.tree.get_mut(path.as_bytes()).unwrap().0),
@@ -286,7 +286,7 @@ fn build(entries: &[Entry]) -> (Vec<u8>, Model) {
     (tar, model)
 }
 
-fn whiteout_file() -> Node {
+fn empty_file() -> Node {
     Node { kind: Kind::File(Vec::new()), ..implicit() }
 }
 
@@ -433,6 +433,19 @@ fn long_names_of_gnu_and_large_directories_read_back() {
         assert_eq!(tree[&b"long"[..]].0.kind, Kind::Symlink(vec![b't'; 300]));
         let linked = format!("{}/{}/file-7", "d".repeat(200), "e".repeat(200));
         assert_eq!(tree[&b"hard"[..]], tree[linked.as_bytes()]);
+    }
+}
+
+#[test]
+fn a_root_directory_of_any_size_is_found() {
+    // Each file adds 12 + 200 bytes to the root's entries, and `last` moves their end byte by byte past that of the first block.
+    let names = |last: usize| (0..18).map(|i| format!("{i:0200}")).chain([format!("x{}", "y".repeat(last))]);
+    for last in 0..250 {
+        let mut tar = Vec::new();
+        names(last).for_each(|name| write_entry(&mut tar, name.as_bytes(), &empty_file(), None));
+        tar.resize(tar.len() + 1024, 0);
+        let (root, tree) = read_back(&convert(&tar));
+        assert_eq!((root.kind, tree.len()), (Kind::Dir, 19), "with a last name of {} bytes", last + 1);
     }
 }
 

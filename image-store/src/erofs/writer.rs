@@ -10,8 +10,8 @@ use super::format::{
 };
 use super::tree::{Content, FileType, Inode, InodeId, ROOT, Tree};
 
-/// The slot of the root inode. Not 0, which some programs take for "no inode".
-const ROOT_NID: u16 = 2;
+/// The first slot that an inode may have. Not 0, which some programs take for "no inode".
+const FIRST_NID: u64 = 2;
 const DIRECTORY_TYPE: u8 = 2;
 
 /// Writes one file system to a new file.
@@ -60,7 +60,7 @@ impl ErofsWriter {
             self.write_blocks(tree, &layout, *id)?;
         }
         let superblock = Superblock {
-            root_nid: ROOT_NID,
+            root_nid: u16::try_from(layout.place(ROOT).nid).expect("the root is in the first two blocks"),
             inodes: layout.order.len() as u64,
             blocks: block_number(self.position)?,
             meta_block,
@@ -173,7 +173,7 @@ impl Layout {
         let mut layout =
             Self { order: Vec::new(), places: vec![None; count], parents: vec![ROOT; count], metadata_bytes: 0 };
         layout.order.push(ROOT);
-        let mut position = u64::from(ROOT_NID) * SLOT;
+        let mut position = FIRST_NID * SLOT;
         layout.places[ROOT.0] = Some(layout.place_inode(&tree.inodes[ROOT.0], &mut position));
         let mut next = 0;
         while let Some(parent) = layout.order.get(next).copied() {
