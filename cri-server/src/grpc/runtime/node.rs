@@ -1,0 +1,80 @@
+//! The node: version, conditions, what the daemon was told at its start.
+
+use std::collections::HashMap;
+
+use tonic::Status;
+
+use super::{Sandboxes, features};
+use crate::check::{self, Finding};
+use crate::cri;
+use crate::grpc::status;
+
+/// Version of the kubelet's runtime API; the kubelet insists on it (cri.md 1.1).
+const KUBELET_API_VERSION: &str = "0.1.0";
+
+impl Sandboxes {
+    /// Version.
+    pub(super) async fn version(&self, _: cri::VersionRequest) -> Result<cri::VersionResponse, Status> {
+        Ok(cri::VersionResponse {
+            version: KUBELET_API_VERSION.to_owned(),
+            runtime_name: "isopod".to_owned(),
+            runtime_version: env!("CARGO_PKG_VERSION").to_owned(),
+            runtime_api_version: "v1".to_owned(),
+        })
+    }
+
+    /// Status.
+    pub(super) async fn status(&self, request: cri::StatusRequest) -> Result<cri::StatusResponse, Status> {
+        let findings = self.findings().await;
+        let condition = |kind: &str, network: bool, reason: &str| {
+            let problem = check::first_problem(&findings, network);
+            cri::RuntimeCondition {
+                r#type: kind.to_owned(),
+                status: problem.is_none(),
+                reason: if problem.is_some() { reason.to_owned() } else { String::new() },
+                message: problem.unwrap_or_default(),
+            }
+        };
+        let conditions =
+            vec![condition("RuntimeReady", false, "HostNotReady"), condition("NetworkReady", true, "NetworkNotReady")];
+        let mut info = HashMap::new();
+        if request.verbose {
+            let config = serde_json::to_string(&self.runtime.context().config)
+                .map_err(|_| status::internal("the configuration is not JSON"))?;
+            info.insert("config".to_owned(), config);
+        }
+        Ok(cri::StatusResponse {
+            status: Some(cri::RuntimeStatus { conditions }),
+            info,
+            runtime_handlers: features::handlers(),
+            features: Some(features::runtime()),
+        })
+    }
+
+    /// RuntimeConfig.
+    pub(super) async fn runtime_config(
+        &self,
+        _: cri::RuntimeConfigRequest,
+    ) -> Result<cri::RuntimeConfigResponse, Status> {
+        // The VMMs' cgroups are made as plain directories, which is the cgroupfs driver, whatever runs as init.
+        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: cri::CgroupDriver::Cgroupfs.into() };
+        Ok(cri::RuntimeConfigResponse { linux: Some(linux) })
+    }
+
+    /// UpdateRuntimeConfig.
+    pub(super) async fn update_runtime_config(
+        &self,
+        request: cri::UpdateRuntimeConfigRequest,
+    ) -> Result<cri::UpdateRuntimeConfigResponse, Status> {
+        // The pods' subnet is the administrator's choice; a call must succeed all the same (cri.md 1.1).
+        let network = request.runtime_config.and_then(|config| config.network_config).unwrap_or_default();
+        tracing::info!(pod_cidr = network.pod_cidr, "the kubelet's pod CIDR is not used; network.subnet is");
+        Ok(cri::UpdateRuntimeConfigResponse {})
+    }
+
+    async fn findings(&self) -> Vec<Finding> {
+        let config = self.runtime.context().config.clone();
+        // It opens devices and files, which may block.
+        tokio::task::spawn_blocking(move || check::host(&config)).await.unwrap_or_default()
+    }
+}
