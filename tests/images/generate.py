@@ -101,9 +101,22 @@ def busybox_layer(packages):
     return layer
 
 
+def e2e_busybox_layer(packages):
+    """What critest runs in its default image. It masks /bin/ls and wants the shell to say so, which the shell of
+    busybox-static does not: that one has ls built in. Neither has pgrep and ipcs."""
+    layer = Layer("gzip")
+    layer.file("bin/busybox", packages.read("busybox", "./bin/busybox"), mode=0o755)
+    names = subprocess.run(["busybox", "--list"], stdout=subprocess.PIPE, check=True, text=True).stdout.split()
+    for applet in sorted(set(names) - {"busybox"}):
+        layer.hardlink("bin/" + applet, "bin/busybox")
+    layer.file("usr/bin/ipcs", packages.read("util-linux", "./usr/bin/ipcs"), mode=0o755)
+    layer.file("usr/bin/pgrep", '#!/bin/sh\nexec pidof "$@"\n', mode=0o755)
+    return layer
+
+
 def library_layer(packages):
     layer = Layer("zstd")
-    for package in ("libc6", "libcrypt1", "libpcre2-8-0", "libssl3", "zlib1g", "libattr1"):
+    for package in ("libc6", "libcrypt1", "libpcre2-8-0", "libssl3", "zlib1g", "libattr1", "libselinux1"):
         packages.copy(layer, package, LIBRARY.match)
     return layer
 
@@ -117,7 +130,27 @@ def nginx_layer(packages):
     layer.file("var/www/html/index.html", "This page is served by nginx in a microVM.\n")
     layer.symlink("var/log/nginx/access.log", "/dev/stdout")
     layer.symlink("var/log/nginx/error.log", "/dev/stderr")
+    # Where critest looks for nginx.pid.
+    layer.symlink("var/run", "/run")
     return layer
+
+
+def critest_images(layout, packages, busybox, library):
+    """The other images of critest, under whose names Debian has nothing."""
+    layout.image("e2e-busybox", [busybox, library, e2e_busybox_layer(packages)], {"Cmd": ["sh"]})
+
+    httpd = Layer("gzip")
+    httpd.dir("var/www/html")
+    httpd.file("var/www/html/index.html", "It works!\n")
+    serve = "echo httpd serves port 80; exec httpd -f -p 80 -h /var/www/html"
+    layout.image("httpd", [busybox, httpd], {"Cmd": ["sh", "-c", serve]})
+
+    escalate = Layer("gzip")
+    escalate.file("usr/bin/effective-id", packages.read("coreutils", "./usr/bin/id"), mode=0o4755)
+    say = 'echo "Effective uid: $(effective-id -u)"'
+    layout.image("nonewprivs", [busybox, library, escalate], {"Cmd": ["sh", "-c", say]})
+
+    layout.image("pause", [busybox], {"Entrypoint": ["sleep", "infinity"]})
 
 
 def user_images(layout, busybox):
@@ -196,6 +229,7 @@ def main():
     above.file("data/private/new", "new\n")
     layout.image("implicit-parent", [busybox, below, above], {"Cmd": ["sh"]})
 
+    critest_images(layout, packages, busybox, library)
     user_images(layout, busybox)
     numbered_images(layout, busybox)
     hostile_images(layout, busybox)
