@@ -5,7 +5,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e bench node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -47,6 +47,10 @@ unit:
 ## make e2e TEST=x  the end-to-end tests whose name has x in it, in the node (all of them without TEST)
 e2e: all fixtures
 	@tests/e2e $(TEST)
+
+## make critest TEST=x  the kubelet's conformance suite in the node, or the specs whose name has x in it
+critest: all fixtures
+	@tests/critest/run $(if $(TEST),"$(TEST)")
 
 ## make node        a shell in the test node with the daemon running
 node: all fixtures

@@ -60,10 +60,10 @@ pub enum BringUpError {
         #[source]
         source: std::io::Error,
     },
-    /// The kernel is none.
+    /// The host cannot run a Linux guest, or there is no kernel to run.
     #[error("{problem}")]
-    Kernel {
-        /// What it is instead.
+    Host {
+        /// What is wrong.
         problem: String,
     },
     /// The scratch disk.
@@ -105,7 +105,7 @@ impl BringUpError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Directory { .. } | Self::GuestFile { .. } | Self::Panicked => ErrorKind::Internal,
-            Self::Kernel { .. } => ErrorKind::FailedPrecondition,
+            Self::Host { .. } => ErrorKind::FailedPrecondition,
             Self::Scratch(error) => error.kind(),
             Self::Cgroup(error) => error.kind(),
             Self::Network(error) => error.kind(),
@@ -120,7 +120,10 @@ impl BringUpError {
 /// Brings the sandbox up. After an error the caller releases what `record` names.
 pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<Up, BringUpError> {
     let config = &context.config;
-    check::check_kernel(&config.vmm.kernel).map_err(|problem| BringUpError::Kernel { problem })?;
+    let host = |problem| BringUpError::Host { problem };
+    // A KVM without hardware behind it makes VMs whose kernel never comes up: not worth waiting for.
+    check::check_cpu().map_err(host)?;
+    check::check_kernel(&config.vmm.kernel).map_err(host)?;
     let pod = record.config.linux.clone();
     let parent = pod.as_ref().map(|pod| pod.cgroup_parent.clone()).unwrap_or_default();
 

@@ -8,6 +8,7 @@ mod bad_input;
 mod containers;
 mod exec;
 mod guest;
+mod host;
 mod images;
 mod logs;
 mod network;
