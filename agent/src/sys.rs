@@ -128,11 +128,12 @@ pub fn ignore_child_signals() {
 /// Size of one `struct sock_filter`.
 const SOCK_FILTER_SIZE: usize = 8;
 
-/// Installs a classic BPF program, an array of `struct sock_filter`, as the seccomp filter of this process.
+/// Installs a classic BPF program, an array of `struct sock_filter`, as the seccomp filter of this process, with the flags of
+/// seccomp(2).
 ///
 /// # Errors
 /// `InvalidInput` for a program whose length is not a number of instructions; otherwise what seccomp(2) gives.
-pub fn install_seccomp(filter: &[u8]) -> io::Result<()> {
+pub fn install_seccomp(filter: &[u8], flags: u32) -> io::Result<()> {
     let instructions: Vec<libc::sock_filter> = filter
         .chunks_exact(SOCK_FILTER_SIZE)
         .map(|chunk| libc::sock_filter {
@@ -148,7 +149,7 @@ pub fn install_seccomp(filter: &[u8]) -> io::Result<()> {
     };
     let program = libc::sock_fprog { len, filter: instructions.as_ptr().cast_mut() };
     // SAFETY: `program` points to `len` instructions, which live across the call; the kernel checks the program itself.
-    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -11,6 +11,7 @@ mod capabilities;
 pub mod log;
 mod process;
 mod resources;
+mod seccomp;
 mod signal;
 mod supported;
 
@@ -23,6 +24,7 @@ use crate::cri;
 
 pub use process::{create_request, exec_process};
 pub use resources::to_guest as guest_resources;
+pub use seccomp::{Filter, filter as seccomp_filter};
 pub use signal::stop_signal;
 pub use supported::{check, check_sandbox};
 

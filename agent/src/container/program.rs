@@ -21,6 +21,7 @@ pub fn resolve(process: &agent::Process, identity: &Identity) -> Result<Program>
         stdin: _,
         seccomp_filter,
         oom_score_adj,
+        seccomp_flags,
     } = process;
     if args.is_empty() || args[0].is_empty() {
         return Err(Error::invalid("the command is empty"));
@@ -57,6 +58,7 @@ pub fn resolve(process: &agent::Process, identity: &Identity) -> Result<Program>
         rlimits: rlimits.iter().map(limits::resource_limit).collect::<Result<_>>()?,
         terminal: *terminal,
         seccomp_filter: seccomp_filter.clone(),
+        seccomp_flags: *seccomp_flags,
         oom_score_adj: *oom_score_adj,
     })
 }

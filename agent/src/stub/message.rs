@@ -182,6 +182,9 @@ pub struct Program {
     /// Classic BPF; empty for none.
     #[prost(bytes = "vec", tag = "11")]
     pub seccomp_filter: Vec<u8>,
+    /// SECCOMP_FILTER_FLAG_ bits it is loaded with.
+    #[prost(uint32, tag = "140")]
+    pub seccomp_flags: u32,
     /// -1000 to 1000.
     #[prost(int32, tag = "12")]
     pub oom_score_adj: i32,

@@ -1,7 +1,7 @@
 //! The last steps of a stub: standard streams, working directory, user, capabilities, filter, and execve.
 //!
-//! The order matters. What needs privilege comes before the user changes; the seccomp filter comes last if no_new_privs
-//! allows an unprivileged process to install it, and before the capabilities go otherwise.
+//! The order matters. What needs privilege comes before the user changes; the seccomp filter comes last of all, and where
+//! no_new_privs does not allow an unprivileged process to load it, CAP_SYS_ADMIN is kept until then.
 
 use std::ffi::CString;
 use std::io;
@@ -62,6 +62,7 @@ pub(super) fn run(channel: &mut Channel, role: Role, program: &Program, descript
     sys::close_on_exec_from(3).context(|| "mark descriptors to be closed")?;
     report(channel, Event::Executing(true), &[])?;
     sys::reset_signals();
+    confine(program)?;
     Err(execute(program))
 }
 
@@ -125,15 +126,9 @@ fn set_limit(number: u32, soft: u64, hard: u64) -> Result<()> {
     rustix::process::setrlimit(resource, Rlimit { current: finite(soft), maximum: finite(hard) }).context(text)
 }
 
+/// Becomes the program's user with its capabilities, and with CAP_SYS_ADMIN besides where the filter will need it.
 fn take_identity(program: &Program) -> Result<()> {
     let bits = program.capabilities.unwrap_or_default();
-    let filter = program.seccomp_filter.as_slice();
-    let install = || -> Result<()> {
-        if filter.is_empty() { Ok(()) } else { sys::install_seccomp(filter).context(|| "install the seccomp filter") }
-    };
-    if !program.no_new_privs {
-        install()?;
-    }
     drop_bounding(bits.bounding)?;
     rustix::thread::set_keep_capabilities(true).context(|| "keep capabilities over the change of user")?;
     let groups: Vec<Gid> = program.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
@@ -142,11 +137,31 @@ fn take_identity(program: &Program) -> Result<()> {
     rustix::thread::set_thread_res_gid(gid, gid, gid).context(|| format!("become group {}", program.gid))?;
     let uid = Uid::from_raw(program.uid);
     rustix::thread::set_thread_res_uid(uid, uid, uid).context(|| format!("become user {}", program.uid))?;
-    set_capabilities(bits)?;
+    let extra = if needs_privilege(program) { CapabilitySet::SYS_ADMIN.bits() } else { 0 };
+    set_capabilities(CapabilityBits { effective: bits.effective | extra, permitted: bits.permitted | extra, ..bits })?;
+    raise_ambient(bits.ambient)?;
     rustix::thread::set_keep_capabilities(false).context(|| "clear the keep-capabilities flag")?;
     if program.no_new_privs {
         rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs")?;
-        install()?;
+    }
+    Ok(())
+}
+
+/// Without no_new_privs a filter is for the privileged only, seccomp(2).
+fn needs_privilege(program: &Program) -> bool {
+    !program.seccomp_filter.is_empty() && !program.no_new_privs
+}
+
+/// Loads the filter. From here on the process does nothing but take off a capability and run the program, so that a profile
+/// has to allow no more than that.
+fn confine(program: &Program) -> Result<()> {
+    if !program.seccomp_filter.is_empty() {
+        sys::install_seccomp(&program.seccomp_filter, program.seccomp_flags)
+            .context(|| "install the seccomp filter")
+            .map_err(|error| error.with_kind(ErrorKind::InvalidArgument))?;
+    }
+    if needs_privilege(program) {
+        set_capabilities(program.capabilities.unwrap_or_default())?;
     }
     Ok(())
 }
@@ -171,10 +186,13 @@ fn set_capabilities(bits: CapabilityBits) -> Result<()> {
         permitted: set(bits.permitted),
         inheritable: set(bits.inheritable),
     };
-    rustix::thread::set_capabilities(None, sets).context(|| format!("set the capabilities {bits:?}"))?;
+    rustix::thread::set_capabilities(None, sets).context(|| format!("set the capabilities {bits:?}"))
+}
+
+fn raise_ambient(bits: u64) -> Result<()> {
     rustix::thread::clear_ambient_capability_set().context(|| "clear the ambient capabilities")?;
-    for number in (0..u64::BITS).filter(|number| bits.ambient & (1 << number) != 0) {
-        rustix::thread::configure_capability_in_ambient_set(set(1 << number), true)
+    for number in (0..u64::BITS).filter(|number| bits & (1 << number) != 0) {
+        rustix::thread::configure_capability_in_ambient_set(CapabilitySet::from_bits_retain(1 << number), true)
             .context(|| format!("raise ambient capability {number}"))?;
     }
     Ok(())

@@ -1,8 +1,10 @@
 //! What a container sees and what it may not do.
 
-use isopod_proto::agent::{Capabilities, CreateContainerRequest, Mount, Rlimit, mount};
+use isopod_proto::agent::{
+    Capabilities, CreateContainerRequest, ExecRequest, Mount, Process, Rlimit, StartContainerRequest, StreamKind, mount,
+};
 
-use crate::fixture::{fixture, request};
+use crate::fixture::{fixture, new_id, request};
 
 #[tokio::test]
 async fn root_layers_are_merged_with_their_whiteouts() {
@@ -125,6 +127,49 @@ async fn root_privileges_are_those_that_were_given() {
         "CapInh: {bind}\nCapPrm: {bind}\nCapEff: {bind}\nCapBnd: 0000000000000401\nCapAmb: {bind}\nNoNewPrivs: 1\nSeccomp: 2\n100\n0022\n321\n"
     );
     assert_eq!(fixture.output_of(request).await, expected);
+}
+
+#[tokio::test]
+async fn root_a_filter_is_loaded_last_and_for_every_process() {
+    let Some(mut fixture) = fixture().await else { return };
+    let mut request =
+        request("grep -E 'Cap(Prm|Eff|Amb)|NoNew|Seccomp:' /proc/self/status | tr -s '\\t' ' '; exec sleep 100");
+    let process = request.process.as_mut().unwrap();
+    process.user.as_mut().unwrap().user = "web".into();
+    let bind = vec!["CAP_NET_BIND_SERVICE".to_owned()];
+    let capabilities = process.capabilities.as_mut().unwrap();
+    *capabilities = Capabilities {
+        bounding: bind.clone(),
+        effective: bind.clone(),
+        permitted: bind.clone(),
+        inheritable: bind.clone(),
+        ambient: bind,
+    };
+    // setgroups, setresuid, setresgid and close_range end the process:
+    // what a process needs to become its user happens before.
+    let refused = [116, 117, 119, 436];
+    let mut filter = vec![(0x20u16, 0u8, 0u8, 0u32)];
+    for (at, number) in (0u8..).zip(refused) {
+        filter.push((0x15, 4 - at, 0, number));
+    }
+    filter.extend([(0x06, 0, 0, 0x7fff_0000), (0x06, 0, 0, 0x8000_0000)]);
+    let bytes =
+        |(code, yes, no, k): (u16, u8, u8, u32)| [&code.to_ne_bytes()[..], &[yes, no], &k.to_ne_bytes()].concat();
+    process.seccomp_filter = filter.into_iter().flat_map(bytes).collect();
+    let first = process.clone();
+    let id = request.id.clone();
+    fixture.client.create_container(request).await.unwrap();
+    fixture.client.start_container(StartContainerRequest { id: id.clone() }).await.unwrap();
+
+    let bind = "0000000000000400";
+    let expected = format!("CapPrm: {bind}\nCapEff: {bind}\nCapAmb: {bind}\nNoNewPrivs: 0\nSeccomp: 2\n");
+    let script = first.args[2].replace("exec sleep 100", "");
+    let process = Process { args: vec!["sh".into(), "-c".into(), script], ..first };
+    let process_id = new_id();
+    let request = ExecRequest { container_id: id, process_id: process_id.clone(), process: Some(process) };
+    fixture.client.exec(request).await.unwrap();
+    let output = fixture.output(&process_id, StreamKind::Stdout).await;
+    assert_eq!(String::from_utf8(output).unwrap(), expected);
 }
 
 #[tokio::test]

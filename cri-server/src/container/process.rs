@@ -43,6 +43,7 @@ pub fn create_request(
         terminal: config.tty,
         stdin: config.stdin,
         seccomp_filter: Vec::new(),
+        seccomp_flags: 0,
         oom_score_adj: limits.oom_score_adj.clamp(-1000, 1000) as i32,
     };
     Ok(agent::CreateContainerRequest {

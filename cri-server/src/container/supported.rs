@@ -80,7 +80,7 @@ pub fn check(config: &cri::ContainerConfig) -> Result<(), SpecError> {
         let field = "config.linux.security_context.run_as_group";
         return Err(invalid(field, "it is given without run_as_user or run_as_username"));
     }
-    check_profiles(context)?;
+    check_apparmor(context)?;
     check_selinux("config.linux.security_context.selinux_options", context.selinux_options.as_ref())?;
     check_namespaces(context.namespace_options.as_ref())
 }
@@ -95,25 +95,26 @@ fn check_mounts(mounts: &[cri::Mount]) -> Result<(), SpecError> {
     Err(unsupported("config.mounts", format!("mounts of host paths ({:?} at {target:?})", shown(&mount.host_path))))
 }
 
-fn check_profiles(context: &cri::LinuxContainerSecurityContext) -> Result<(), SpecError> {
-    let confined = |profile: &Option<cri::SecurityProfile>| {
-        profile.as_ref().filter(|profile| profile.profile_type() != ProfileType::Unconfined).map(|profile| {
-            format!("the profile {} {}", profile.profile_type().as_str_name(), shown(&profile.localhost_ref))
-        })
-    };
-    let named = |path: &str| (!path.is_empty() && path != "unconfined").then(|| format!("the profile {}", shown(path)));
-    // A privileged container is never confined by seccomp or AppArmor, whatever is asked for.
+/// The guest has no AppArmor, so that no profile is loaded there. Seccomp profiles are looked at where they are compiled.
+fn check_apparmor(context: &cri::LinuxContainerSecurityContext) -> Result<(), SpecError> {
+    // A privileged container is never confined, whatever is asked for.
     if context.privileged {
         return Ok(());
     }
-    #[expect(deprecated, reason = "clients may still set the old fields, and they must not be ignored")]
-    let old = (named(&context.seccomp_profile_path), named(&context.apparmor_profile));
-    if let Some(what) = confined(&context.seccomp).or(old.0) {
-        return Err(unsupported("config.linux.security_context.seccomp", what));
+    let field = "config.linux.security_context.apparmor";
+    match &context.apparmor {
+        None => {}
+        Some(profile) if profile.profile_type() == ProfileType::Unconfined => return Ok(()),
+        Some(profile) => {
+            let (kind, name) = (profile.profile_type().as_str_name(), shown(&profile.localhost_ref));
+            return Err(unsupported(field, format!("AppArmor (the profile {kind} {name})")));
+        }
     }
-    match confined(&context.apparmor).or(old.1) {
-        Some(what) => Err(unsupported("config.linux.security_context.apparmor", what)),
-        None => Ok(()),
+    #[expect(deprecated, reason = "clients may still set the old field, and it must not be ignored")]
+    let old = context.apparmor_profile.as_str();
+    match old {
+        "" | "unconfined" => Ok(()),
+        _ => Err(unsupported(field, format!("AppArmor (the profile {})", shown(old)))),
     }
 }
 
@@ -205,14 +206,18 @@ mod tests {
     }
 
     #[test]
-    fn a_seccomp_profile_is_never_stripped() {
+    fn an_apparmor_profile_is_never_stripped() {
         let with = |profile_type: ProfileType| cri::LinuxContainerSecurityContext {
-            seccomp: Some(cri::SecurityProfile { profile_type: profile_type.into(), localhost_ref: String::new() }),
+            apparmor: Some(cri::SecurityProfile { profile_type: profile_type.into(), localhost_ref: "p".into() }),
             ..Default::default()
         };
         assert!(check(&container(with(ProfileType::Unconfined))).is_ok());
         for kind in [ProfileType::RuntimeDefault, ProfileType::Localhost] {
-            assert_eq!(check(&container(with(kind))).expect_err("refused").kind(), ErrorKind::Unimplemented);
+            let error = check(&container(with(kind))).expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::Unimplemented);
+            assert!(error.to_string().contains("AppArmor"), "{error}");
+            let privileged = cri::LinuxContainerSecurityContext { privileged: true, ..with(kind) };
+            assert!(check(&container(privileged)).is_ok());
         }
     }
 

@@ -56,9 +56,10 @@ impl Driver {
         let id = crate::random_id().map_err(|_| SandboxError::Ended)?;
         let stop_signal = container::stop_signal(&config, &image.config.stop_signal).map_err(SandboxError::Spec)?;
         let target = self.pid_target(&config)?;
-        let request =
+        let mut request =
             create_request(&id, &config, (&image_id, &image.config), &self.record.hostname(), target.as_ref())
                 .map_err(SandboxError::Spec)?;
+        confine(&mut request, &config).await?;
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
         self.attach(&image).await?;
@@ -368,6 +369,20 @@ impl Driver {
         let process = exec_process(&first, command, record.config.tty, false);
         Ok((self.up()?.clone(), exec::Command { container: id.clone(), process, limit }))
     }
+}
+
+/// Adds the seccomp filter that the configuration asks for. Its profile may be a file of the host.
+async fn confine(
+    request: &mut agent::CreateContainerRequest,
+    config: &cri::ContainerConfig,
+) -> Result<(), SandboxError> {
+    let Some(process) = &mut request.process else { return Ok(()) };
+    let context = config.linux.as_ref().and_then(|linux| linux.security_context.clone()).unwrap_or_default();
+    let capabilities = process.capabilities.clone().unwrap_or_default();
+    let compiled = tokio::task::spawn_blocking(move || container::seccomp_filter(&context, &capabilities)).await;
+    let filter = compiled.map_err(|_| SandboxError::Ended)?.map_err(SandboxError::Spec)?;
+    (process.seccomp_filter, process.seccomp_flags) = (filter.program, filter.flags);
+    Ok(())
 }
 
 /// Where a container's log goes, beneath the sandbox's directory for logs; none if either part is not given.
