@@ -18,6 +18,7 @@ use crate::layout::Layout;
 use crate::pod_init::PodInit;
 use crate::process::{Outcome, Process};
 use crate::reaper::Reaper;
+use crate::user_namespace::UserNamespaces;
 use crate::{cgroup, pod, stats, sys};
 
 /// A thing with an id: there, or under way to be or to go. Under way is what a second request for the same id meets.
@@ -35,6 +36,7 @@ pub struct Agent {
     reaper: Arc<Reaper>,
     disks: Disks,
     pod_init: PodInit,
+    user_namespaces: UserNamespaces,
     configured: Mutex<Configured>,
     containers: Table<Container>,
     processes: Table<Process>,
@@ -51,11 +53,13 @@ impl Agent {
     /// An agent without a pod yet.
     pub fn new(layout: Layout, disks: DiskSource, reaper: Arc<Reaper>) -> Arc<Self> {
         let pod_init = PodInit::new(Arc::clone(&reaper), layout.clone());
+        let user_namespaces = UserNamespaces::new(Arc::clone(&reaper), layout.clone());
         Arc::new(Self {
             disks: Disks::new(layout.clone(), disks),
             layout,
             reaper,
             pod_init,
+            user_namespaces,
             configured: Mutex::new(Configured::No),
             containers: Mutex::default(),
             processes: Mutex::default(),
@@ -99,6 +103,10 @@ impl Agent {
             reaper: Arc::clone(&self.reaper),
             layers: self.disks.layers(&request.image_disk)?,
             pid_namespace: self.pid_namespace(&request).await?,
+            user_namespace: match &request.user_namespace {
+                Some(wanted) => Some(self.user_namespaces.get(wanted).await?),
+                None => None,
+            },
         };
         let (container, user) = blocking(move || container::create(&parts, &request)).await?;
         process.fill(Arc::clone(&container.init));

@@ -24,12 +24,14 @@ use isopod_proto::agent::{CreateContainerRequest, ExecRequest, Mount, PidMode, R
 use parking_lot::Mutex;
 
 use crate::cgroup::{self, Cgroup};
+use crate::device_access;
 use crate::error::{Context as _, Error, Result};
 use crate::launch::{self, Prepared};
 use crate::layout::Layout;
 use crate::process::{Ending, Ends, Process, Streams};
 use crate::reaper::Reaper;
 use crate::stub::message::{Descriptor, Launch, Role};
+use crate::user_namespace::UserNamespace;
 use crate::users;
 
 /// A container that exists.
@@ -41,6 +43,7 @@ pub struct Container {
     /// Its cgroup.
     pub cgroup: Arc<Cgroup>,
     root: OwnedFd,
+    user_namespace: Option<Arc<UserNamespace>>,
     stage: Mutex<Stage>,
 }
 
@@ -61,6 +64,8 @@ pub struct Parts {
     pub layers: Vec<PathBuf>,
     /// A process whose PID namespace it joins.
     pub pid_namespace: Option<OwnedFd>,
+    /// The user namespace it is in, unless that is the guest's.
+    pub user_namespace: Option<Arc<UserNamespace>>,
 }
 
 /// Makes a container; if that fails, nothing is left of it. Blocks; must be called on a thread of the runtime.
@@ -72,17 +77,30 @@ pub fn create(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Co
 }
 
 fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Container>, ResolvedUser)> {
-    let Parts { layout, reaper, layers, pid_namespace } = parts;
+    let Parts { layout, reaper, layers, pid_namespace, user_namespace } = parts;
     let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
     let wanted = request.process.as_ref().ok_or_else(|| Error::invalid("the container has no process"))?;
     let sources = make_sources(layout, request)?;
     let mounts = plan::mounts(request, layout, &sources)?;
 
-    let root = rootfs::mount_overlay(layers, &layout.container_scratch(&request.id), request.privileged)?;
+    let scratch = layout.container_scratch(&request.id);
+    let root = match user_namespace {
+        None => rootfs::mount_overlay(layers, &scratch, request.privileged)?,
+        Some(namespace) => {
+            let staging = layout.container_files(&request.id).join("layers");
+            rootfs::mount_mapped_overlay(layers, &scratch, &staging, namespace)?
+        }
+    };
     let identity = users::resolve(root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
     let program = program::resolve(wanted, &identity)?;
     let cgroup = Arc::new(Cgroup::create(layout.cgroup_parent(), &request.id)?);
     cgroup.apply(&settings)?;
+    let devices = plan::devices(request.privileged && user_namespace.is_none());
+    let cgroup_directory = cgroup.clone_directory()?;
+    // A privileged container has all of the guest.
+    if !request.privileged {
+        device_access::restrict(cgroup_directory.as_fd(), &devices)?;
+    }
 
     let mut launch = Launch {
         role: Role::Container as i32,
@@ -90,16 +108,17 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
         new_ipc_namespace: request.ipc_private,
         mount_point: path_text(layout.mount_point()),
         mounts,
-        devices: plan::devices(request.privileged),
+        devices,
         readonly_rootfs: request.readonly_rootfs,
         masked_paths: request.masked_paths.clone(),
         readonly_paths: request.readonly_paths.clone(),
         program: Some(program),
+        root_ids: user_namespace.as_ref().map(|namespace| namespace.root),
         ..Launch::default()
     };
-    let cgroup_directory = cgroup.clone_directory()?;
     let mut descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::RootMount, &root)];
     descriptors.extend(pid_namespace.iter().map(|target| (Descriptor::PidNamespace, target)));
+    descriptors.extend(user_namespace.iter().map(|target| (Descriptor::UserNamespace, &target.descriptor)));
     let (mut prepared, streams) = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin)?;
 
     let pidfd = prepared.watched.pidfd.take();
@@ -107,7 +126,8 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
     follow(&mut prepared, ending, Arc::clone(&cgroup), true);
     let user = ResolvedUser { uid: identity.uid, gid: identity.gid, supplemental_groups: identity.groups };
     let stage = Mutex::new(Stage::Created(prepared));
-    Ok((Arc::new(Container { id: request.id.clone(), init, cgroup, root, stage }), user))
+    let (id, user_namespace) = (request.id.clone(), user_namespace.clone());
+    Ok((Arc::new(Container { id, init, cgroup, root, user_namespace, stage }), user))
 }
 
 /// Starts a stub with its standard streams.
@@ -226,11 +246,14 @@ impl Container {
         let target = self.init.pidfd().map_err(|_| not_running())?;
         let identity = users::resolve(self.root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
         let program = program::resolve(wanted, &identity)?;
-        let mut launch = Launch { role: Role::Exec as i32, program: Some(program), ..Launch::default() };
+        let root_ids = self.user_namespace.as_ref().map(|namespace| namespace.root);
+        let mut launch = Launch { role: Role::Exec as i32, program: Some(program), root_ids, ..Launch::default() };
         // A cgroup of its own, so that all it starts can be killed with it.
         let cgroup = Arc::new(self.cgroup.create_child(&request.process_id)?);
         let cgroup_directory = cgroup.clone_directory()?;
-        let descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::Namespaces, target)];
+        let mut descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::Namespaces, target)];
+        let user_namespace = self.user_namespace.as_ref();
+        descriptors.extend(user_namespace.map(|target| (Descriptor::UserNamespace, &target.descriptor)));
         let prepared = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin);
         let (mut prepared, streams) = prepared.inspect_err(|_| cgroup.remove_if_empty())?;
         let pidfd = prepared.watched.pidfd.take();

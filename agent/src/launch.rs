@@ -23,6 +23,8 @@ const STUB_TIMEOUT: Duration = Duration::from_secs(60);
 /// A process that is prepared and waits for its go. Dropping it ends the process.
 pub struct Prepared {
     channel: Channel,
+    /// Its id in the agent's PID namespace.
+    pub pid: i32,
     /// How to follow and signal it.
     pub watched: Watched,
     /// The master of its terminal.
@@ -62,10 +64,10 @@ pub fn prepare(reaper: &Arc<Reaper>, launch: &mut Launch, descriptors: &[(Descri
         }
     }
     drop(guard);
-    let (Some((_, watched)), Some(descriptors)) = (forked, ready) else {
+    let (Some((pid, watched)), Some(descriptors)) = (forked, ready) else {
         return Err(Error::new(ErrorKind::Internal, "a stub is not ready"));
     };
-    Ok(Prepared { channel, watched, terminal: descriptors.into_iter().next() })
+    Ok(Prepared { channel, pid, watched, terminal: descriptors.into_iter().next() })
 }
 
 impl Prepared {

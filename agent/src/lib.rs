@@ -13,6 +13,7 @@ mod boot;
 mod cgroup;
 mod console;
 mod container;
+mod device_access;
 mod disk;
 mod error;
 mod hello;
@@ -32,6 +33,7 @@ mod stream;
 pub mod stub;
 mod sys;
 mod sysctl;
+mod user_namespace;
 mod users;
 
 pub use run::{run_in_guest, run_on_unix_sockets};

@@ -2,7 +2,8 @@
 //!
 //! 1. The first stub joins namespaces that exist and makes its sibling with clone3, in the container's cgroup and, if asked,
 //!    in a new PID namespace. It reports [`Event::Forked`] and ends. The sibling is a child of the agent.
-//! 2. The sibling makes the other namespaces, mounts the container's file systems and reports [`Event::Ready`].
+//! 2. The sibling makes the other namespaces, enters the pod's user namespace if it has one, mounts the container's file systems
+//!    and reports [`Event::Ready`].
 //! 3. The agent says go by one message. The stub takes on user, capabilities and filter, and becomes the program.
 //!
 //! A failure in any step is reported as [`Event::Failed`]; the agent cleans up. The agent closing the socket ends the stub.
@@ -12,6 +13,7 @@ pub mod message;
 mod mounts;
 mod pod_init;
 mod program;
+mod user_namespace;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -98,12 +100,18 @@ fn join_namespaces(descriptors: &Descriptors) -> Result<()> {
 
 fn become_process(channel: &mut Channel, launch: &Launch, descriptors: &Descriptors) -> Result<()> {
     match launch.role() {
-        Role::Container => mounts::enter_new_root(launch, descriptors.required(Descriptor::RootMount)?)?,
-        Role::Exec => {}
         Role::PodInit => return pod_init::run(channel, &launch.mount_point),
+        Role::UserNamespace => return user_namespace::hold(channel),
+        Role::Container | Role::Exec => {}
     }
     let program = launch.program.as_ref();
     let program = program.ok_or_else(|| Error::new(ErrorKind::Internal, "the launch has no program"))?;
+    program::give_streams(program, launch.root_ids, descriptors)?;
+    if launch.role() == Role::Container {
+        mounts::enter_new_root(launch, descriptors)?;
+    } else if let Some(namespace) = descriptors.get(Descriptor::UserNamespace) {
+        user_namespace::enter(namespace)?;
+    }
     program::run(channel, launch.role(), program, descriptors)
 }
 

@@ -1,6 +1,8 @@
 //! The system calls that have no safe wrapper in rustix or nix. All unsafe code of the crate is here.
 #![allow(unsafe_code, reason = "this module exists to hold it")]
 
+pub mod bpf;
+
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -69,6 +71,17 @@ pub struct MountAttributes {
     pub noexec: bool,
 }
 
+/// Lets the files of the mount `mount` is the root of, which must not be attached yet, belong to whom they belong to in
+/// `user_namespace`.
+pub fn idmap(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let userns_fd = u64::try_from(user_namespace.as_raw_fd()).expect("a borrowed descriptor is not negative");
+    change_mount(
+        mount,
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd },
+        0,
+    )
+}
+
 /// Adds `attributes` to the mount `mount` is the root of, and to all below it if `recursive`.
 pub fn mount_setattr(mount: BorrowedFd<'_>, attributes: MountAttributes, recursive: bool) -> io::Result<()> {
     let MountAttributes { readonly, nosuid, nodev, noexec } = attributes;
@@ -78,14 +91,17 @@ pub fn mount_setattr(mount: BorrowedFd<'_>, attributes: MountAttributes, recursi
         | bit(nodev, libc::MOUNT_ATTR_NODEV)
         | bit(noexec, libc::MOUNT_ATTR_NOEXEC);
     let attr = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    change_mount(mount, attr, if recursive { libc::AT_RECURSIVE } else { 0 })
+}
+
+fn change_mount(mount: BorrowedFd<'_>, attr: libc::mount_attr, flags: i32) -> io::Result<()> {
     // SAFETY: the path is a NUL-terminated constant, and `attr` lives across the call and has the size given.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            flags,
+            flags | libc::AT_EMPTY_PATH,
             &raw const attr,
             size_of::<libc::mount_attr>(),
         )

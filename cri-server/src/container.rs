@@ -14,6 +14,7 @@ mod resources;
 mod seccomp;
 mod signal;
 mod supported;
+mod user_namespace;
 
 use std::path::PathBuf;
 
@@ -27,6 +28,7 @@ pub use resources::to_guest as guest_resources;
 pub use seccomp::{Filter, filter as seccomp_filter};
 pub use signal::stop_signal;
 pub use supported::{check, check_sandbox};
+pub use user_namespace::{of_container as user_namespace, of_options as user_namespace_of_options};
 
 /// Words that the kubelet and critest read in `ContainerStatus.reason`.
 pub mod reason {

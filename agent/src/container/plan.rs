@@ -1,6 +1,6 @@
 //! The mounts and device nodes of a container, as its stub will make them.
 
-use isopod_proto::agent::{CreateContainerRequest, Mount, mount};
+use isopod_proto::agent::{CreateContainerRequest, IdMapping, Mount, mount};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -12,7 +12,7 @@ const DEVICES: [(&str, u32, u32); 6] =
 /// Size of the /dev/shm of a container with an IPC namespace of its own.
 const PRIVATE_SHM: &str = "67108864";
 /// Group "tty" of every Linux distribution, to which terminals belong.
-const TTY_GROUP: &str = "5";
+const TTY_GROUP: u32 = 5;
 
 /// What is mounted, in order: what every container has, without those that a mount of the request replaces, then the
 /// requested ones. `sources` are the agent's paths for the requested mounts that have one, by index.
@@ -36,7 +36,28 @@ pub fn mounts(
         // A tmpfs that is to be read-only is one nobody can fill; so be it, the daemon asked.
         planned.push(PlannedMount { readonly, nosuid: true, nodev: true, ..mounted(&destination, source) });
     }
+    for mount in &mut planned {
+        mount.idmap = knows_idmapped_mounts(mount);
+    }
     Ok(planned)
+}
+
+/// What a mount shows of the kernel belongs to the guest's root, whoever looks at it. Directories and files belong to whom they
+/// belong to in the container.
+fn knows_idmapped_mounts(mount: &PlannedMount) -> bool {
+    match &mount.source {
+        Some(Source::Bind(_)) => true,
+        Some(Source::Filesystem(filesystem)) => filesystem.name == "tmpfs",
+        None => false,
+    }
+}
+
+/// The guest's id for the id `id` of a container.
+fn guest_id(mappings: &[IdMapping], id: u32) -> Option<u32> {
+    mappings.iter().find_map(|mapping| {
+        let offset = id.checked_sub(mapping.container_id).filter(|offset| *offset < mapping.length)?;
+        mapping.guest_id.checked_add(offset)
+    })
 }
 
 /// The destination without repeated or trailing slashes and `.`; `..` and the root itself are refused.
@@ -57,7 +78,14 @@ fn default_mounts(request: &CreateContainerRequest, layout: &Layout) -> Vec<Plan
         noexec: true,
         ..mounted(destination, source)
     };
-    let pts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("gid", TTY_GROUP)];
+    // devpts knows no idmapped mounts, so that the group is told as the guest has it.
+    let tty = match &request.user_namespace {
+        None => Some(TTY_GROUP),
+        Some(namespace) => guest_id(&namespace.gids, TTY_GROUP),
+    };
+    let tty = tty.map(|gid| gid.to_string());
+    let mut pts = vec![("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")];
+    pts.extend(tty.as_deref().map(|gid| ("gid", gid)));
     let shm = if request.ipc_private {
         filesystem("tmpfs", &[("mode", "1777"), ("size", PRIVATE_SHM)])
     } else {
@@ -175,6 +203,14 @@ mod tests {
         for bad in ["", "/", "relative", "/a/../b", "//.", "/nul\0"] {
             assert!(plan(&[bad]).unwrap_err().chain().contains(&format!("{bad:?}")));
         }
+    }
+
+    #[test]
+    fn ids_of_a_container_are_found_in_its_ranges() {
+        let mapping = |container_id, guest_id, length| IdMapping { container_id, guest_id, length };
+        let mappings = [mapping(0, 1000, 5), mapping(10, 5000, 5), mapping(20, u32::MAX, 5)];
+        let found: Vec<_> = [0, 4, 5, 9, 12, 15, 21].map(|id| guest_id(&mappings, id)).to_vec();
+        assert_eq!(found, [Some(1000), Some(1004), None, None, Some(5002), None, None]);
     }
 
     #[test]

@@ -36,6 +36,20 @@ pub struct Launch {
     /// The program, absent for [`Role::PodInit`].
     #[prost(message, optional, tag = "11")]
     pub program: Option<Program>,
+    /// The first user and group id of its user namespace, as the agent sees them; absent without one.
+    #[prost(message, optional, tag = "140")]
+    pub root_ids: Option<RootIds>,
+}
+
+/// What user 0 and group 0 of a user namespace are outside of it.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct RootIds {
+    /// User id.
+    #[prost(uint32, tag = "1")]
+    pub uid: u32,
+    /// Group id.
+    #[prost(uint32, tag = "2")]
+    pub gid: u32,
 }
 
 /// Which kind of process a stub becomes.
@@ -48,6 +62,8 @@ pub enum Role {
     Exec = 1,
     /// Process 1 of the PID namespace that containers of the pod share.
     PodInit = 2,
+    /// Nothing but what holds a new user namespace until it has its ids and the agent has a descriptor of it.
+    UserNamespace = 3,
 }
 
 /// What a descriptor that comes with [`Launch`] is for.
@@ -68,6 +84,8 @@ pub enum Descriptor {
     Stdout = 5,
     /// Standard error.
     Stderr = 6,
+    /// The user namespace that is entered, and whose ids files have in idmapped mounts.
+    UserNamespace = 7,
 }
 
 /// One mount of a container.
@@ -91,6 +109,10 @@ pub struct PlannedMount {
     /// No set-user-id.
     #[prost(bool, tag = "7")]
     pub nosuid: bool,
+    /// In a container with a user namespace its files belong to whom they belong to in the container: the mount is idmapped.
+    /// The file system must know idmapped mounts. Without a user namespace it says nothing.
+    #[prost(bool, tag = "140")]
+    pub idmap: bool,
 }
 
 /// What is mounted.

@@ -13,21 +13,35 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
 
-use super::message::{Device, Filesystem, FilesystemOption, Launch, PlannedMount, Source};
+use super::Descriptors;
+use super::message::{Descriptor, Device, Filesystem, FilesystemOption, Launch, PlannedMount, Source};
 use crate::beneath::{self, Make};
 use crate::error::{Context as _, Error, Result};
 use crate::sys::{self, MountAttributes};
 
 /// Makes the container's namespaces and mounts and enters its root, which the current directory then is.
-pub fn enter_new_root(launch: &Launch, root: BorrowedFd<'_>) -> Result<()> {
-    new_mount_namespace(launch.new_ipc_namespace)?;
-    attach_at_path(&root, &launch.mount_point)?;
-    for mount in &launch.mounts {
+///
+/// With a user namespace, what needs the guest's privileges comes first: file systems and binds are made before it is entered,
+/// and attached in it, so that the places that are made for them are its root's.
+pub fn enter_new_root(launch: &Launch, descriptors: &Descriptors) -> Result<()> {
+    let root = descriptors.required(Descriptor::RootMount)?;
+    let user_namespace = descriptors.get(Descriptor::UserNamespace);
+    new_namespaces(launch.new_ipc_namespace)?;
+    let mounts = launch.mounts.iter().map(|mount| {
         let text = || format!("mount {:?} in the container", mount.destination);
-        make_mount(root, mount).map_err(|error| error.within(text()))?;
-        if mount.destination == "/dev" {
-            fill_dev(root, &launch.devices)?;
-        }
+        make_mount(mount, &launch.devices, user_namespace).map_err(|error| error.within(text()))
+    });
+    let mounts: Vec<NewMount> = mounts.collect::<Result<_>>()?;
+    // The root of a user namespace may not be able to walk there, but stays where it is.
+    rustix::process::chdir(launch.mount_point.as_str()).context(|| format!("enter {}", launch.mount_point))?;
+    if let Some(namespace) = user_namespace {
+        super::user_namespace::enter(namespace)?;
+    }
+    new_mount_namespace()?;
+    attach_at_path(&root, ".")?;
+    for NewMount { mount, destination, is_directory } in &mounts {
+        attach_in(root, mount, destination, *is_directory)
+            .map_err(|error| error.within(format!("mount {destination:?} in the container")))?;
     }
     for path in &launch.readonly_paths {
         make_readonly(root, path)?;
@@ -45,10 +59,15 @@ pub fn enter_new_root(launch: &Launch, root: BorrowedFd<'_>) -> Result<()> {
     rustix::process::chdir("/").context(|| "enter the new root")
 }
 
-/// A mount namespace, and a cgroup namespace, of this process alone, from which nothing spreads to the agent's.
-pub fn new_mount_namespace(ipc: bool) -> Result<()> {
+/// A cgroup namespace of this process alone, and an IPC namespace if asked for.
+pub fn new_namespaces(ipc: bool) -> Result<()> {
     let ipc = if ipc { CloneFlags::CLONE_NEWIPC } else { CloneFlags::empty() };
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP | ipc).context(|| "make namespaces")?;
+    unshare(CloneFlags::CLONE_NEWCGROUP | ipc).context(|| "make namespaces")
+}
+
+/// A mount namespace of this process alone, from which nothing spreads to the agent's.
+pub fn new_mount_namespace() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context(|| "make a mount namespace")?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context(|| "make the mounts private")
 }
@@ -79,8 +98,19 @@ fn attach(mount: &OwnedFd, place: BorrowedFd<'_>) -> rustix::io::Result<()> {
     rustix::mount::move_mount(mount, "", place, "", flags)
 }
 
-fn make_mount(root: BorrowedFd<'_>, mount: &PlannedMount) -> Result<()> {
-    let PlannedMount { destination, source, readonly, nodev, noexec, nosuid } = mount;
+/// A mount that is attached nowhere yet.
+struct NewMount<'p> {
+    mount: OwnedFd,
+    destination: &'p str,
+    is_directory: bool,
+}
+
+fn make_mount<'p>(
+    planned: &'p PlannedMount,
+    devices: &[Device],
+    user_namespace: Option<BorrowedFd<'_>>,
+) -> Result<NewMount<'p>> {
+    let PlannedMount { destination, source, readonly, nodev, noexec, nosuid, idmap } = planned;
     let (mount, is_directory) = match source {
         Some(Source::Bind(path)) => {
             let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -89,21 +119,31 @@ fn make_mount(root: BorrowedFd<'_>, mount: &PlannedMount) -> Result<()> {
             (tree, is_directory)
         }
         Some(Source::Filesystem(Filesystem { name, options })) => {
-            (new_filesystem(name, options, MountAttrFlags::empty())?, true)
+            let mount = new_filesystem(name, options, MountAttrFlags::empty())?;
+            if destination == "/dev" {
+                fill_dev(mount.as_fd(), devices)?;
+            }
+            (mount, true)
         }
         None => return Err(Error::new(ErrorKind::Internal, "a planned mount without a source")),
     };
+    if let (true, Some(namespace)) = (idmap, user_namespace) {
+        sys::idmap(mount.as_fd(), namespace).context(|| "map its owners into the user namespace")?;
+    }
     let attributes = MountAttributes { readonly: *readonly, nodev: *nodev, noexec: *noexec, nosuid: *nosuid };
     sys::mount_setattr(mount.as_fd(), attributes, false).context(|| format!("set {attributes:?}"))?;
+    Ok(NewMount { mount, destination, is_directory })
+}
+
+fn attach_in(root: BorrowedFd<'_>, mount: &OwnedFd, destination: &str, is_directory: bool) -> Result<()> {
     let make =
         if is_directory { Make::Directory(Mode::from_raw_mode(0o755)) } else { Make::File(Mode::from_raw_mode(0o644)) };
     let place = beneath::make(root, destination, make).context(|| "make the place for it")?;
-    attach(&mount, place.descriptor.as_fd()).context(|| "attach it")
+    attach(mount, place.descriptor.as_fd()).context(|| "attach it")
 }
 
 /// The nodes and links that programs expect in /dev (OCI runtime specification, config-linux, "Default Devices").
-fn fill_dev(root: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
-    let dev = beneath::open(root, "/dev", OFlags::PATH | OFlags::DIRECTORY).context(|| "open /dev of the container")?;
+fn fill_dev(dev: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
     for device in devices {
         let kind = if device.block { FileType::BlockDevice } else { FileType::CharacterDevice };
         let mode = Mode::from_raw_mode(device.mode);
@@ -112,9 +152,9 @@ fn fill_dev(root: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
         let (parent, name) = match device.path.rsplit_once('/') {
             Some((parent, name)) => {
                 let make = Make::Directory(Mode::from_raw_mode(0o755));
-                (beneath::make(dev.as_fd(), parent, make).context(text)?.descriptor, name)
+                (beneath::make(dev, parent, make).context(text)?.descriptor, name)
             }
-            None => (rustix::io::fcntl_dupfd_cloexec(&dev, 3).context(text)?, device.path.as_str()),
+            None => (rustix::io::fcntl_dupfd_cloexec(dev, 3).context(text)?, device.path.as_str()),
         };
         rustix::fs::mknodat(&parent, name, kind, mode, number).context(text)?;
         rustix::fs::chmodat(&parent, name, mode, rustix::fs::AtFlags::empty()).context(text)?;
@@ -127,7 +167,7 @@ fn fill_dev(root: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
         ("/proc/kcore", "core"),
         ("pts/ptmx", "ptmx"),
     ] {
-        rustix::fs::symlinkat(target, &dev, name).context(|| format!("make the link /dev/{name}"))?;
+        rustix::fs::symlinkat(target, dev, name).context(|| format!("make the link /dev/{name}"))?;
     }
     Ok(())
 }

@@ -10,7 +10,8 @@ use crate::error::{Context as _, Result};
 
 /// Gives up the agent's mounts and all capabilities, reports ready, and reaps for ever.
 pub fn run(channel: &mut Channel, mount_point: &str) -> Result<()> {
-    mounts::new_mount_namespace(false)?;
+    mounts::new_namespaces(false)?;
+    mounts::new_mount_namespace()?;
     let option = |key: &str, value: &str| FilesystemOption { key: key.into(), value: value.into() };
     let options = [option("size", "4096"), option("mode", "0555")];
     let empty = mounts::new_filesystem("tmpfs", &options, rustix::mount::MountAttrFlags::MOUNT_ATTR_RDONLY)?;

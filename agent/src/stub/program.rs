@@ -13,7 +13,7 @@ use rustix::process::Rlimit;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::channel::Channel;
-use super::message::{CapabilityBits, Descriptor, Event, Program, Role};
+use super::message::{CapabilityBits, Descriptor, Event, Program, Role, RootIds};
 use super::{Descriptors, mounts, report, wait_for_go};
 use crate::beneath::{self, Make};
 use crate::error::{Context as _, Error, Result};
@@ -34,9 +34,6 @@ pub(super) fn run(channel: &mut Channel, role: Role, program: &Program, descript
         report(channel, Event::Ready(true), &[master.as_fd()])?;
         Streams::Terminal(slave)
     } else {
-        for descriptor in [Descriptor::Stdin, Descriptor::Stdout, Descriptor::Stderr] {
-            give_pipe(descriptors.required(descriptor)?, program)?;
-        }
         report(channel, Event::Ready(false), &[])?;
         Streams::Given
     };
@@ -79,13 +76,22 @@ fn use_as_streams(stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: Borrowe
     rustix::stdio::dup2_stderr(stderr).context(|| "set standard error")
 }
 
-/// A program may open its own streams again, by /dev/stdout; for that they have to be its user's.
-fn give_pipe(stream: BorrowedFd<'_>, program: &Program) -> Result<()> {
-    if beneath::file_type(stream).context(|| "stat a standard stream")? != rustix::fs::FileType::Fifo {
-        return Ok(());
+/// A program may open its own streams again, by /dev/stdout; for that they have to be its user's. The pipes are the agent's,
+/// so this comes before a user namespace is entered, whose root is `root_ids`.
+pub(super) fn give_streams(program: &Program, root_ids: Option<RootIds>, descriptors: &Descriptors) -> Result<()> {
+    let RootIds { uid, gid } = root_ids.unwrap_or_default();
+    let (uid, gid) = (uid.checked_add(program.uid), gid.checked_add(program.gid));
+    let (Some(uid), Some(gid)) = (uid, gid) else {
+        return Err(Error::invalid(format!("user {} has no id outside of its user namespace", program.uid)));
+    };
+    for descriptor in [Descriptor::Stdin, Descriptor::Stdout, Descriptor::Stderr] {
+        let Some(stream) = descriptors.get(descriptor) else { continue };
+        if beneath::file_type(stream).context(|| "stat a standard stream")? == rustix::fs::FileType::Fifo {
+            rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                .context(|| format!("give a standard stream to user {uid}"))?;
+        }
     }
-    rustix::fs::fchown(stream, Some(Uid::from_raw(program.uid)), Some(Gid::from_raw(program.gid)))
-        .context(|| format!("give a standard stream to user {}", program.uid))
+    Ok(())
 }
 
 fn enter_cwd(program: &Program) -> Result<()> {

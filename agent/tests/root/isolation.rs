@@ -1,7 +1,8 @@
 //! What a container sees and what it may not do.
 
 use isopod_proto::agent::{
-    Capabilities, CreateContainerRequest, ExecRequest, Mount, Process, Rlimit, StartContainerRequest, StreamKind, mount,
+    Capabilities, CreateContainerRequest, ExecRequest, IdMapping, Mount, Process, Rlimit, SignalRequest,
+    StartContainerRequest, StreamKind, UserNamespace, mount,
 };
 
 use crate::fixture::{fixture, new_id, request};
@@ -191,4 +192,99 @@ async fn root_nothing_of_the_agent_leaks_into_a_container() {
     // 0, 1, 2 and the one ls has open; the bind mounts show the paths inside the agent's file systems, not its directories.
     assert!(output.starts_with("4\n"), "{output}");
     assert!(output.ends_with("SigBlk: 0000000000000000\nSigIgn: 0000000000000000\n"), "{output}");
+}
+
+#[tokio::test]
+async fn root_devices_that_are_not_in_dev_cannot_be_used() {
+    let Some(mut fixture) = fixture().await else { return };
+    // The tun device: it exists everywhere, and opening it needs no privilege.
+    let script = "mknod /dev/tun c 10 200 && (head -c 1 /dev/tun || true) 2>&1; echo x > /dev/null && head -c 2 /dev/zero | wc -c; : < /dev/ptmx";
+    let restricted = fixture.output_of(request(script)).await;
+    assert_eq!(restricted, "head: /dev/tun: Operation not permitted\n2\n");
+    let privileged = CreateContainerRequest {
+        privileged: true,
+        ..request(script.replace("mknod", "rm -f /dev/tun; mknod").as_str())
+    };
+    let free = fixture.output_of(privileged).await;
+    assert!(!free.contains("not permitted") && free.ends_with("2\n"), "{free}");
+}
+
+#[tokio::test]
+async fn root_a_user_namespace_has_its_ids_and_its_files() {
+    let Some(mut fixture) = fixture().await else { return };
+    let ids = vec![IdMapping { container_id: 0, guest_id: 200_000, length: 65_536 }];
+    let namespace = UserNamespace { uids: ids.clone(), gids: ids };
+    let volume = Mount {
+        destination: "/v".into(),
+        source: Some(mount::Source::ScratchDirectory("mapped".into())),
+        mode: 0o755,
+        ..Mount::default()
+    };
+    let tmpfs =
+        Mount { destination: "/t/deep".into(), source: Some(mount::Source::TmpfsSizeBytes(4096)), ..Mount::default() };
+    let script = "tr -s ' ' < /proc/self/uid_map; tr -s ' ' < /proc/self/gid_map; id -u
+        stat -c %u:%g / /etc/passwd /v /t /t/deep /dev /dev/null /dev/shm /etc/hosts | tr '\\n' ' '; echo
+        touch /file /etc/passwd /v/file /t/deep/file /dev/shm/file && mkdir /tmp/mine && chown 33:34 /file && chmod 4755 /file
+        stat -c %u:%g /file /etc/passwd /v/file /t/deep/file /dev/shm/file /tmp/mine | tr '\\n' ' '; echo
+        echo x > /dev/null && head -c 3 /dev/zero | wc -c; mknod /tmp/disk b 254 0 2>/dev/null || echo no disk
+        echo 1 > /proc/sys/vm/swappiness 2>/dev/null || echo no sysctl
+        touch /sys/kernel/x 2>/dev/null || echo no sysfs
+        echo again > /dev/stdout; cat /proc/self/cgroup | tail -n 1; ls /srv | wc -l; touch /tmp/done; exec sleep 100";
+    let first = CreateContainerRequest {
+        mounts: vec![volume.clone(), tmpfs],
+        user_namespace: Some(namespace.clone()),
+        masked_paths: vec!["/proc/meminfo".into(), "/srv".into()],
+        readonly_paths: vec!["/proc/sys".into()],
+        ..request(script)
+    };
+    let id = first.id.clone();
+    fixture.client.create_container(first).await.unwrap();
+    fixture.client.start_container(StartContainerRequest { id: id.clone() }).await.unwrap();
+
+    let map = "0 200000 65536";
+    let (_, seen) = fixture
+        .exec(&id, "until [ -e /tmp/done ]; do sleep 0.1; done; tr -s ' ' < /proc/self/uid_map; stat -c %u /file; touch /by-exec; stat -c %u:%g /by-exec")
+        .await;
+    assert_eq!(seen.lines().map(str::trim).collect::<Vec<_>>(), [map, "33", "0:0"], "exec joins it");
+    // On the disk a volume's files have the container's ids, so that a container without a user namespace shares them.
+    let plain = CreateContainerRequest { mounts: vec![volume.clone()], ..request("stat -c %u:%g /v/file") };
+    assert_eq!(fixture.output_of(plain).await, "0:0\n");
+
+    // Another container of the pod is in the same namespace; a user of it is what /etc/passwd says.
+    let mut second = CreateContainerRequest {
+        mounts: vec![volume],
+        user_namespace: Some(namespace.clone()),
+        ..request(
+            "id -u; id -G; stat -c %u /v/file; touch /v/x 2>/dev/null || echo denied; echo y > /dev/stdout; readlink /proc/self/ns/user",
+        )
+    };
+    second.process.as_mut().unwrap().user.as_mut().unwrap().user = "web".into();
+    let seen = fixture.output_of(second).await;
+    let (_, first) = fixture.exec(&id, "readlink /proc/self/ns/user").await;
+    assert_eq!(seen, format!("33\n34 6\n0\ndenied\ny\n{first}"));
+
+    let other = vec![IdMapping { container_id: 0, guest_id: 300_000, length: 10 }];
+    let other = UserNamespace { uids: other.clone(), gids: other };
+    let third = CreateContainerRequest { user_namespace: Some(other), ..request("true") };
+    assert!(fixture.client.create_container(third).await.unwrap_err().message().contains("other ids"));
+    fixture.client.signal(SignalRequest { process_id: id.clone(), signal: 9, all: true }).await.unwrap();
+    let output = String::from_utf8(fixture.output(&id, StreamKind::Stdout).await).unwrap();
+    let lines: Vec<&str> = output.lines().map(str::trim).collect();
+    assert_eq!(
+        lines,
+        [
+            map,
+            map,
+            "0",
+            "0:0 0:0 0:0 0:0 0:0 0:0 0:0 0:0 0:0",
+            "33:34 0:0 0:0 0:0 0:0 0:0",
+            "3",
+            "no disk",
+            "no sysctl",
+            "no sysfs",
+            "again",
+            "0::/",
+            "0"
+        ]
+    );
 }

@@ -61,6 +61,7 @@ pub fn create_request(
         readonly_paths: paths(&context.readonly_paths),
         privileged: context.privileged,
         ipc_private: namespaces.ipc() == cri::NamespaceMode::Container,
+        user_namespace: None,
     })
 }
 

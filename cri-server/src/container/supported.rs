@@ -129,11 +129,12 @@ fn check_namespaces(options: Option<&cri::NamespaceOption>) -> Result<(), SpecEr
     let Some(options) = options else { return Ok(()) };
     let node = i32::from(cri::NamespaceMode::Node);
     for (field, mode, what) in [
-        ("namespace_options.network", options.network, "the network namespace of the host"),
-        ("namespace_options.pid", options.pid, "the PID namespace of the host"),
-        ("namespace_options.ipc", options.ipc, "the IPC namespace of the host"),
+        ("namespace_options.network", options.network, Some("the network namespace of the host")),
+        // The node of a pod is its guest: its containers see all processes of that one, of every container and the agent.
+        ("namespace_options.pid", options.pid, None),
+        ("namespace_options.ipc", options.ipc, Some("the IPC namespace of the host")),
     ] {
-        if mode == node {
+        if let (Some(what), true) = (what, mode == node) {
             return Err(unsupported(field, what));
         }
         if cri::NamespaceMode::try_from(mode).is_err() {
@@ -143,10 +144,7 @@ fn check_namespaces(options: Option<&cri::NamespaceOption>) -> Result<(), SpecEr
     if options.network != i32::from(cri::NamespaceMode::Pod) {
         return Err(invalid("namespace_options.network", "containers of a pod share its network: it must be POD"));
     }
-    match &options.userns_options {
-        Some(userns) if userns.mode != node => Err(unsupported("namespace_options.userns_options", "user namespaces")),
-        _ => Ok(()),
-    }
+    super::user_namespace::of_options(Some(options)).map(drop)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Each step enters what it took into the sandbox's record before the next one begins, so whatever fails, and whenever the
 //! daemon ends, [`super::resources::release`] finds all of it.
 
+use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::DirBuilderExt;
@@ -22,6 +23,7 @@ use crate::guest::{Guest, GuestError, HelloConnection, LONG};
 use crate::network::{Attachment, NetworkError, mac_of};
 use crate::store::StateError;
 use crate::vmm::{self, BootDisk, VSOCK_SOCKET, Vm, VmSpec, VmmError, console_tail};
+use crate::{container, cri};
 
 /// The scratch disk's id in the VM.
 const SCRATCH_DISK: &str = "scratch";
@@ -254,11 +256,24 @@ async fn configure(
         resolv_conf: files::resolv_conf(record.config.dns_config.as_ref(), &of_node).into(),
         hosts: files::hosts(&hostname, address).into(),
         hostname,
-        sysctls: record.config.linux.clone().unwrap_or_default().sysctls,
+        sysctls: sysctls(&record.config),
         scratch_disk: SCRATCH_DISK.to_owned(),
         realtime_nanos: now(),
         shm_size_bytes: 0,
     };
     let mut client = guest.client();
     Guest::call(CONFIGURE, LONG, client.configure_pod(request)).await.map(drop)
+}
+
+/// What the pod asks for. The network of a guest belongs to no user namespace but the guest's own, so that a pod that has
+/// another one has no CAP_NET_BIND_SERVICE there; it may use low ports all the same, as it may with other runtimes.
+fn sysctls(config: &cri::PodSandboxConfig) -> HashMap<String, String> {
+    const LOW_PORTS: &str = "net.ipv4.ip_unprivileged_port_start";
+    let linux = config.linux.clone().unwrap_or_default();
+    let options = linux.security_context.and_then(|context| context.namespace_options);
+    let mut sysctls = linux.sysctls;
+    if matches!(container::user_namespace_of_options(options.as_ref()), Ok(Some(_))) {
+        sysctls.entry(LOW_PORTS.to_owned()).or_insert_with(|| "0".to_owned());
+    }
+    sysctls
 }

@@ -60,6 +60,7 @@ impl Driver {
             create_request(&id, &config, (&image_id, &image.config), &self.record.hostname(), target.as_ref())
                 .map_err(SandboxError::Spec)?;
         confine(&mut request, &config).await?;
+        request.user_namespace = container::user_namespace(&self.record.config, &config).map_err(SandboxError::Spec)?;
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
         self.attach(&image).await?;

@@ -15,3 +15,4 @@ mod network;
 mod pods;
 mod processes;
 mod restart;
+mod security;
