@@ -41,6 +41,9 @@ boot_deadline_seconds = 120
 scratch_mib = 1024
 verbose_console = ${ISOPOD_VERBOSE_CONSOLE:-false}
 
+[cni]
+config_directory = "/run/isopod/net.d"
+
 [images]
 max_layer_mib = 256
 progress_timeout_seconds = 10

@@ -81,7 +81,7 @@ pub fn host(config: &Config) -> Vec<Finding> {
             "use a machine with hardware virtualization, or switch on nested virtualization in the host of this one";
         (problem, remedy.to_owned())
     });
-    let mut findings = vec![
+    vec![
         pods("/dev/kvm", kvm(Path::new("/dev/kvm"))),
         pods("CPU virtualization", virtualization),
         pods("VMM program", program(&config.vmm.binary)),
@@ -90,11 +90,8 @@ pub fn host(config: &Config) -> Vec<Finding> {
         pods("cgroup v2", cgroups()),
         pods("mkfs.ext4", tool("mkfs.ext4", "e2fsprogs")),
         network("/dev/net/tun", tun(Path::new("/dev/net/tun"))),
-    ];
-    if config.network.masquerade {
-        findings.push(network("nft", tool("nft", "nftables, or set network.masquerade = false")));
-    }
-    findings
+        network("nft", tool("nft", "nftables")),
+    ]
 }
 
 fn kvm(path: &Path) -> Result<(), (String, String)> {

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::Ipv6Net;
 use serde::{Deserialize, Serialize};
 
 /// The file `isopod config default` prints.
@@ -33,6 +34,8 @@ pub struct RawConfig {
     pub images: RawImages,
     /// The built-in pod network.
     pub network: RawNetwork,
+    /// Networks by CNI plugins.
+    pub cni: RawCni,
 }
 
 /// Section `[vmm]`.
@@ -79,10 +82,24 @@ pub struct RawNetwork {
     pub bridge: Option<String>,
     /// The pods' addresses, such as `10.88.0.0/16`; the bridge has the first one.
     pub subnet: Option<String>,
+    /// The pods' IPv6 addresses, such as `fd69:736f:706f:64::/64`; the bridge has the first one.
+    pub subnet6: Option<String>,
     /// MTU of the bridge, the taps, and the pods' interfaces.
     pub mtu: Option<u32>,
-    /// Give what pods send out of the subnet the node's address.
+    /// Give what pods send out of the subnets the node's address.
     pub masquerade: Option<bool>,
+}
+
+/// Section `[cni]`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawCni {
+    /// Where the configuration is; with none there, pods are on the built-in network.
+    pub config_directory: Option<PathBuf>,
+    /// Where the plugins are, in the order to look.
+    pub plugin_directories: Option<Vec<PathBuf>>,
+    /// How long a plugin may take for one command, in seconds.
+    pub deadline_seconds: Option<u64>,
 }
 
 /// The configuration, checked and complete.
@@ -103,6 +120,8 @@ pub struct Config {
     pub images: ImagesConfig,
     /// The built-in pod network.
     pub network: NetworkConfig,
+    /// Networks by CNI plugins.
+    pub cni: CniConfig,
 }
 
 /// Settings of the microVMs.
@@ -148,10 +167,23 @@ pub struct NetworkConfig {
     pub subnet: Ipv4Addr,
     /// Its prefix length: 8 to 29.
     pub prefix: u8,
+    /// The pods' IPv6 subnet, with at least as many addresses as the IPv4 one.
+    pub subnet6: Ipv6Net,
     /// MTU of all its interfaces.
     pub mtu: u32,
     /// Masquerading by nftables.
     pub masquerade: bool,
+}
+
+/// Settings of CNI.
+#[derive(Clone, Debug, Serialize)]
+pub struct CniConfig {
+    /// Where the configuration is.
+    pub config_directory: PathBuf,
+    /// Where the plugins are, in the order to look.
+    pub plugin_directories: Vec<PathBuf>,
+    /// How long a plugin may take for one command.
+    pub deadline: Duration,
 }
 
 /// A configuration that cannot be used.
@@ -242,6 +274,7 @@ impl Config {
             vmm: check_vmm(raw.vmm, &mut mistakes),
             images: check_images(raw.images, &mut mistakes),
             network: check_network(raw.network, &mut mistakes),
+            cni: check_cni(raw.cni, &mut mistakes),
         };
         if config.log_level.parse::<tracing_subscriber::EnvFilter>().is_err() {
             mistakes.add("log_level", format!("{:?} is not a filter such as info or isopod=debug", config.log_level));
@@ -311,12 +344,39 @@ fn check_network(raw: RawNetwork, mistakes: &mut Mistakes) -> NetworkConfig {
             (Ipv4Addr::UNSPECIFIED, 24)
         }
     };
+    let subnet6 = raw.subnet6.unwrap_or_else(|| "fd69:736f:706f:64::/64".to_owned());
+    let subnet6 = parse_subnet6(&subnet6, prefix).unwrap_or_else(|problem| {
+        mistakes.add("network.subnet6", format!("{subnet6:?} {problem}"));
+        Ipv6Net::default()
+    });
     NetworkConfig {
         bridge,
         subnet,
         prefix,
+        subnet6,
         mtu: mistakes.within("network.mtu", raw.mtu.unwrap_or(1500).into(), 576, 65_000) as u32,
         masquerade: raw.masquerade.unwrap_or(true),
+    }
+}
+
+fn check_cni(raw: RawCni, mistakes: &mut Mistakes) -> CniConfig {
+    let directories = raw.plugin_directories.unwrap_or_else(|| vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()]);
+    for directory in directories.iter().filter(|directory| directory.as_os_str().as_encoded_bytes().contains(&b':')) {
+        mistakes.add("cni.plugin_directories", format!("{directory:?} has a ':', which would end it in CNI_PATH"));
+    }
+    CniConfig {
+        config_directory: mistakes
+            .absolute("cni.config_directory", raw.config_directory.unwrap_or_else(|| "/etc/cni/net.d".into())),
+        plugin_directories: directories
+            .into_iter()
+            .map(|directory| mistakes.absolute("cni.plugin_directories", directory))
+            .collect(),
+        deadline: Duration::from_secs(mistakes.within(
+            "cni.deadline_seconds",
+            raw.deadline_seconds.unwrap_or(30),
+            1,
+            100,
+        )),
     }
 }
 
@@ -332,6 +392,24 @@ fn parse_subnet(text: &str) -> Result<(Ipv4Addr, u8), &'static str> {
         return Err("has bits set behind its prefix");
     }
     Ok((address, prefix))
+}
+
+/// The subnet in `text`; each pod's address there has the number of its IPv4 address, of prefix length `prefix4`.
+fn parse_subnet6(text: &str, prefix4: u8) -> Result<Ipv6Net, String> {
+    let subnet: Ipv6Net =
+        text.parse().map_err(|_| "is not of the form fd69:736f:706f:64::/64, a prefix of IPv6 addresses".to_owned())?;
+    if subnet.addr() != subnet.network() {
+        return Err("has bits set behind its prefix".to_owned());
+    }
+    let longest = 128 - (32 - prefix4);
+    if !(16..=longest).contains(&subnet.prefix_len()) {
+        return Err(format!("has a prefix length that is not 16 to {longest} (as many addresses as network.subnet)"));
+    }
+    let address = subnet.addr();
+    if address.is_multicast() || address.is_unicast_link_local() || address.is_loopback() || address.is_unspecified() {
+        return Err("is not a prefix of addresses that can be routed, such as those below fd00::/8".to_owned());
+    }
+    Ok(subnet)
 }
 
 #[derive(Default)]
@@ -373,13 +451,31 @@ mod tests {
 
     #[test]
     fn every_mistake_is_reported_in_one_run() {
-        let text = "socket = \"tcp://x\"\nroot = \"var\"\n[vmm]\nvcpus = 65\n[network]\nsubnet = \"10.88.0.1/16\"\nmtu = 1\nbridge = \"a/b\"\n[images.mirrors]\n\"docker.io\" = \"localhost:5000\"";
+        let text = "socket = \"tcp://x\"\nroot = \"var\"\n[vmm]\nvcpus = 65\n[network]\nsubnet = \"10.88.0.1/16\"\nsubnet6 = \"fe80::/64\"\nmtu = 1\nbridge = \"a/b\"\n[images.mirrors]\n\"docker.io\" = \"localhost:5000\"";
         let Err(ConfigError::Mistakes { mistakes, .. }) = parse(text) else { panic!("it has mistakes") };
         let fields: Vec<_> = mistakes.iter().map(|mistake| mistake.field).collect();
         assert_eq!(
             fields,
-            ["socket", "root", "vmm.vcpus", "images.mirrors", "network.bridge", "network.subnet", "network.mtu"]
+            [
+                "socket",
+                "root",
+                "vmm.vcpus",
+                "images.mirrors",
+                "network.bridge",
+                "network.subnet",
+                "network.subnet6",
+                "network.mtu"
+            ]
         );
+    }
+
+    #[test]
+    fn an_ipv6_subnet_has_room_for_all_pods() {
+        assert!(parse_subnet6("fd00::/112", 16).is_ok());
+        assert!(parse_subnet6("fd00::/113", 16).expect_err("too small").contains("112"));
+        for bad in ["fd00::1/64", "10.0.0.0/8", "ff02::/64", "::/64", "fd00::"] {
+            assert!(parse_subnet6(bad, 16).is_err(), "{bad}");
+        }
     }
 
     #[test]

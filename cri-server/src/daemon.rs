@@ -24,7 +24,7 @@ use crate::grpc::{Images, Sandboxes};
 use crate::index::Index;
 use crate::network::Network;
 use crate::runtime::Runtime;
-use crate::sandbox::scratch;
+use crate::sandbox::{SandboxRecord, scratch};
 use crate::store::Store;
 
 /// How long requests in flight may take after the daemon is told to end.
@@ -45,8 +45,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.root.join("state.redb"))?;
     let stored = store.load()?;
     let images = ImageStore::open(image_config(&config))?;
-    let network = Network::new(config.network.clone(), store.clone());
+    let network = Network::new(&config, store.clone());
     let socket = config.socket.clone();
+    network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
     let context = Context { config, store, images: images.clone(), network, index: Index::default() };
     let runtime = Runtime::new(Arc::new(context));

@@ -24,8 +24,9 @@ pub async fn remove(context: &Context, kept: &[ObjectId]) {
     let directories: Vec<_> = kept.iter().map(|id| resources::directory(context, id)).collect();
     // First, as a VMM holds the rest.
     kill_vmms(&sandboxes, &directories).await;
-    if let Err(error) = context.network.remove_orphans(kept).await {
-        tracing::warn!(error = chain(&error), "left-over taps or addresses are not removed");
+    let known: Vec<_> = context.index.sandboxes().iter().map(|record| record.known_pod()).collect();
+    if let Err(error) = context.network.restore(&known).await {
+        tracing::warn!(error = chain(&error), "the network is not as the sandboxes need it");
     }
     if let Err(error) = cgroup::remove_orphans(kept).await {
         tracing::warn!(error = chain(&error), "left-over cgroups are not removed");

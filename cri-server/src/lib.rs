@@ -10,6 +10,7 @@
 
 pub mod cgroup;
 pub mod check;
+pub mod cni;
 pub mod config;
 pub mod container;
 pub mod context;

@@ -1,34 +1,79 @@
-//! The built-in pod network: one bridge whose first address is the pods' gateway, a tap for each pod, and masquerading.
+//! The pods' network: by CNI plugins where the node's CNI directory has a configuration, built-in otherwise.
+//!
+//! A pod keeps the network it began with, whatever the configuration becomes: what it has of CNI is in a file of its own
+//! ([`crate::cni::Attachments`]), and all else is of the built-in network.
 
+mod builtin;
+mod guard;
+mod inside;
 mod link;
-mod masquerade;
+mod namespace;
+mod nft;
+mod plugged;
+pub mod pod;
+pub mod ports;
+mod rules;
+mod setting;
 mod tap;
 
-use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use isopod_proto::{ErrorKind, ObjectId};
-use tokio::sync::Mutex;
 
-use crate::config::NetworkConfig;
+use self::builtin::Builtin;
+use self::plugged::Plugged;
+use self::pod::PodNetwork;
+use self::ports::{Claim, HostPort};
+use crate::cni::CniError;
+use crate::config::Config;
+use crate::cri;
+use crate::grpc::status::chain;
 use crate::store::{StateError, Store};
 
 /// The pods' network.
 pub struct Network {
-    config: NetworkConfig,
-    store: Store,
-    /// Whether bridge, forwarding and masquerading have been set up since the daemon started.
-    prepared: Mutex<bool>,
+    builtin: Builtin,
+    plugged: Plugged,
+}
+
+/// Why pods cannot have a network now, as CRI's conditions tell it.
+#[derive(Debug)]
+pub struct Problem {
+    /// One word.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
 }
 
 /// A pod's part of the network.
 #[derive(Debug)]
 pub struct Attachment {
-    /// The pod's address.
-    pub address: Ipv4Addr,
+    /// What the guest is to have.
+    pub network: PodNetwork,
     /// The pod's open tap.
     pub tap: OwnedFd,
+}
+
+/// A sandbox that an earlier daemon left.
+#[derive(Clone)]
+pub struct KnownPod {
+    /// Its id.
+    pub sandbox: ObjectId,
+    /// Its configuration.
+    pub config: cri::PodSandboxConfig,
+    /// What it has of the network; none after it was stopped.
+    pub network: Option<PodNetwork>,
+}
+
+impl KnownPod {
+    /// What it has of the node's ports: none if it has no network.
+    fn claim(&self) -> Option<Claim> {
+        let network = self.network.as_ref()?;
+        // They were valid when the sandbox was made.
+        let ports = ports::parse(&self.config.port_mappings).unwrap_or_default();
+        Some(Claim { pod: pod_name(&self.config), addresses: network.ips().collect(), ports })
+    }
 }
 
 /// The network cannot be had.
@@ -37,6 +82,48 @@ pub enum NetworkError {
     /// No address, or no database.
     #[error("cannot get the pod an address")]
     Address(#[source] StateError),
+    /// The configuration asks for what is no host port.
+    #[error("config.port_mappings: {0}")]
+    Ports(String),
+    /// Another pod has the port.
+    #[error("host port {port} is in use by pod {pod} (sandbox {sandbox})")]
+    PortTaken {
+        /// The port as the other pod has it.
+        port: HostPort,
+        /// The other pod.
+        pod: String,
+        /// Its sandbox.
+        sandbox: ObjectId,
+    },
+    /// CNI.
+    #[error("CNI")]
+    Cni(#[source] CniError),
+    /// What the plugins made is not what a guest can take over.
+    #[error("what the CNI plugins made cannot be used: {problem}")]
+    Unusable {
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A pod's network namespace.
+    #[error("cannot {doing} the network namespace {path}")]
+    Namespace {
+        /// What was tried.
+        doing: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No thread to work in a namespace.
+    #[error("a thread for a network namespace failed")]
+    Thread(#[source] std::io::Error),
+    /// Something the network cannot do.
+    #[error("isopod does not support {what}")]
+    Unsupported {
+        /// What it is.
+        what: String,
+    },
     /// Netlink does not even open.
     #[error("cannot open a netlink socket")]
     Netlink(#[source] std::io::Error),
@@ -76,8 +163,8 @@ pub enum NetworkError {
         source: std::io::Error,
     },
     /// The nftables rules cannot be set.
-    #[error("cannot set the nftables rules for masquerading: {problem}")]
-    Masquerade {
+    #[error("cannot set the nftables rules of the pods' network: {problem}")]
+    Nft {
         /// Why not.
         problem: String,
     },
@@ -88,95 +175,88 @@ impl NetworkError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Address(error) => error.kind(),
-            Self::Masquerade { .. } | Self::Tap { .. } => ErrorKind::FailedPrecondition,
-            Self::Netlink(_) | Self::NoInterface { .. } | Self::Interface { .. } | Self::Setting { .. } => {
-                ErrorKind::Internal
-            }
+            Self::Ports(_) => ErrorKind::InvalidArgument,
+            Self::Unsupported { .. } => ErrorKind::Unimplemented,
+            Self::Cni(error) => error.kind(),
+            Self::PortTaken { .. } | Self::Nft { .. } | Self::Tap { .. } => ErrorKind::FailedPrecondition,
+            Self::Netlink(_)
+            | Self::NoInterface { .. }
+            | Self::Interface { .. }
+            | Self::Setting { .. }
+            | Self::Unusable { .. }
+            | Self::Namespace { .. }
+            | Self::Thread(_) => ErrorKind::Internal,
         }
     }
 }
 
 impl Network {
     /// The network that `config` describes. Nothing is made before [`Network::prepare`] or the first pod.
-    pub fn new(config: NetworkConfig, store: Store) -> Self {
-        Self { config, store, prepared: Mutex::new(false) }
+    pub fn new(config: &Config, store: Store) -> Self {
+        Self {
+            builtin: Builtin::new(config.network.clone(), store),
+            plugged: Plugged::new(&config.cni, &config.root, &config.state),
+        }
     }
 
-    /// The pods' gateway: the subnet's first address.
-    pub fn gateway(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.config.subnet.to_bits() + 1)
+    /// Gives the pod its network.
+    pub async fn attach(&self, sandbox: &ObjectId, config: &cri::PodSandboxConfig) -> Result<Attachment, NetworkError> {
+        let ports = ports::parse(&config.port_mappings).map_err(NetworkError::Ports)?;
+        match self.plugged.network()? {
+            Some(list) => self.plugged.attach(list, sandbox, config, ports).await,
+            None => self.builtin.attach(sandbox, &pod_name(config), ports).await,
+        }
     }
 
-    /// The subnet's prefix length.
-    pub fn prefix(&self) -> u8 {
-        self.config.prefix
-    }
-
-    /// MTU of the pods' interfaces.
-    pub fn mtu(&self) -> u32 {
-        self.config.mtu
-    }
-
-    /// Gives the pod an address and a tap on the bridge.
-    pub async fn attach(&self, sandbox: &ObjectId) -> Result<Attachment, NetworkError> {
-        self.prepare().await?;
-        let last = self.config.subnet.to_bits() | (u32::MAX >> self.config.prefix);
-        let first = Ipv4Addr::from_bits(self.config.subnet.to_bits() + 2);
-        let address = self
-            .store
-            .allocate_address(first, Ipv4Addr::from_bits(last - 1), sandbox)
-            .await
-            .map_err(NetworkError::Address)?;
-        let name = tap_name(sandbox);
-        let tap = tap::open(&name)?;
-        let links = link::Links::open()?;
-        links.join(&name, &self.config.bridge, self.config.mtu).await?;
-        Ok(Attachment { address, tap })
-    }
-
-    /// Takes the pod's address and tap back. Nothing to take is a success.
+    /// Takes the pod's network back, whichever it has. Nothing to take is a success.
     pub async fn detach(&self, sandbox: &ObjectId) -> Result<(), NetworkError> {
-        // The kernel removes a tap with its last descriptor, so this finds one only if the VMM is not quite gone.
-        link::Links::open()?.remove(&tap_name(sandbox)).await?;
-        self.store.release_address(sandbox).await.map_err(NetworkError::Address)
+        self.plugged.detach(sandbox).await?;
+        self.builtin.detach(sandbox).await
     }
 
-    /// Removes taps of the daemon's that none of `known` has.
-    pub async fn remove_orphans(&self, known: &[ObjectId]) -> Result<(), NetworkError> {
-        let expected: Vec<String> = known.iter().map(tap_name).collect();
-        let links = link::Links::open()?;
-        for name in links.ports(&self.config.bridge).await? {
-            if is_tap_name(&name) && !expected.contains(&name) {
-                tracing::info!(tap = name, "removing a tap that no sandbox has");
-                links.remove(&name).await?;
-            }
-        }
-        self.store.release_orphans(known.to_vec()).await.map_err(NetworkError::Address)
+    /// Takes note of what an earlier daemon's pods have, before [`Self::prepare`] makes the rules anew.
+    pub async fn adopt(&self, known: &[KnownPod]) {
+        self.plugged.adopt(known);
+        self.builtin.adopt(&self.of_builtin(known)).await;
     }
 
-    /// Makes the bridge, forwarding and masquerading, unless they are there. The daemon does so at its start; each pod asks again.
+    /// Takes up the pods of an earlier daemon, and removes what belongs to none of them.
+    pub async fn restore(&self, known: &[KnownPod]) -> Result<(), NetworkError> {
+        self.plugged.restore(known).await;
+        self.builtin.restore(&self.of_builtin(known)).await
+    }
+
+    fn of_builtin(&self, known: &[KnownPod]) -> Vec<KnownPod> {
+        known.iter().filter(|pod| !self.plugged.has(&pod.sandbox)).cloned().collect()
+    }
+
+    /// Makes what all pods share. The daemon does so at its start; each pod asks again.
     pub async fn prepare(&self) -> Result<(), NetworkError> {
-        let mut prepared = self.prepared.lock().await;
-        if *prepared {
-            // Somebody may have deleted the bridge meanwhile.
-            if link::Links::open()?.exists(&self.config.bridge).await? {
-                return Ok(());
+        match self.plugged.network()? {
+            Some(_) => Ok(()),
+            None => self.builtin.prepare().await,
+        }
+    }
+
+    /// Whether a pod could have a network now. Reads the CNI configuration anew.
+    pub async fn status(&self) -> Result<(), Problem> {
+        let plugged = match self.plugged.network() {
+            Ok(Some(list)) => self.plugged.status(&list).await,
+            Ok(None) => {
+                let prepared = self.builtin.prepare().await;
+                return prepared
+                    .map_err(|error| Problem { reason: "NetworkNotReady", message: chain(&error).to_string() });
             }
-        }
-        let gateway = self.gateway();
-        let links = link::Links::open()?;
-        links.bridge(&self.config.bridge, mac_of(gateway), gateway, self.config.prefix, self.config.mtu).await?;
-        set("/proc/sys/net/ipv4/ip_forward", "1")?;
-        if self.config.masquerade {
-            masquerade::set(&self.config).await?;
-        }
-        *prepared = true;
-        Ok(())
+            Err(error) => Err(error),
+        };
+        plugged.map_err(|error| Problem { reason: "NetworkPluginNotReady", message: chain(&error).to_string() })
     }
 }
 
-fn set(path: &str, value: &str) -> Result<(), NetworkError> {
-    std::fs::write(path, value).map_err(|source| NetworkError::Setting { path: path.into(), source })
+/// A pod as people call it: namespace/name.
+fn pod_name(config: &cri::PodSandboxConfig) -> String {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    format!("{}/{}", metadata.namespace, metadata.name)
 }
 
 /// The name of a sandbox's tap.
@@ -186,12 +266,6 @@ pub fn tap_name(sandbox: &ObjectId) -> String {
 
 fn is_tap_name(name: &str) -> bool {
     name.strip_prefix("ip").is_some_and(|id| id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_hexdigit()))
-}
-
-/// The MAC address that goes with an IPv4 address: locally administered, so that it is nobody else's.
-pub fn mac_of(address: Ipv4Addr) -> [u8; 6] {
-    let [a, b, c, d] = address.octets();
-    [0x0a, 0x58, a, b, c, d]
 }
 
 #[cfg(test)]
@@ -204,12 +278,5 @@ mod tests {
         assert_eq!(name, "ip5a5a5a5a5a5a");
         assert!(name.len() <= 15 && is_tap_name(&name));
         assert!(!is_tap_name("ip_vti0") && !is_tap_name("isopod0") && !is_tap_name("ip5a5a5a5a5a5g"));
-    }
-
-    #[test]
-    fn a_mac_is_local_and_unicast() {
-        let mac = mac_of(Ipv4Addr::new(10, 88, 0, 5));
-        assert_eq!(mac, [0x0a, 0x58, 10, 88, 0, 5]);
-        assert_eq!(mac[0] & 0b11, 0b10);
     }
 }

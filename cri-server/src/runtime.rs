@@ -131,7 +131,7 @@ impl Runtime {
                         created_at: now(),
                         phase: SandboxPhase::Starting,
                         vm: None,
-                        address: None,
+                        network: None,
                         cgroup: None,
                     };
                     self.inner.tasks.spawn(Arc::clone(&self.inner).bring_up(record));
@@ -253,7 +253,7 @@ mod tests {
         std::fs::create_dir(&config.root).expect("made");
         let store = Store::open(&config.root.join("state.redb")).expect("opened");
         let images = ImageStore::open(StoreConfig::new(config.root.join("images"))).expect("opened");
-        let network = Network::new(config.network.clone(), store.clone());
+        let network = Network::new(&config, store.clone());
         Context { config, store, images, network, index: Index::default() }
     }
 

@@ -22,13 +22,14 @@ pub mod exec;
 mod monitor;
 mod operations;
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use isopod_proto::{ErrorKind, ObjectId};
 use serde::{Deserialize, Serialize};
 
 use crate::cri;
+use crate::network::KnownPod;
+use crate::network::pod::PodNetwork;
 use crate::vmm::VmIdentity;
 
 /// The state of a sandbox.
@@ -68,8 +69,8 @@ pub struct SandboxRecord {
     pub phase: SandboxPhase,
     /// Its VMM process, once there is one.
     pub vm: Option<VmIdentity>,
-    /// Its address, while it has one.
-    pub address: Option<Ipv4Addr>,
+    /// Its network, while it has one.
+    pub network: Option<PodNetwork>,
     /// Its cgroup's directory, once made.
     pub cgroup: Option<PathBuf>,
 }
@@ -89,6 +90,11 @@ impl SandboxRecord {
         uname.nodename().to_string_lossy().into_owned()
     }
 
+    /// What the network is to know of it.
+    pub fn known_pod(&self) -> KnownPod {
+        KnownPod { sandbox: self.id.clone(), config: self.config.clone(), network: self.network.clone() }
+    }
+
     #[cfg(test)]
     pub fn for_tests(id: ObjectId) -> Self {
         Self {
@@ -98,7 +104,7 @@ impl SandboxRecord {
             created_at: 1,
             phase: SandboxPhase::Ready,
             vm: None,
-            address: None,
+            network: None,
             cgroup: None,
         }
     }

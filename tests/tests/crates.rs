@@ -34,7 +34,8 @@ fn members_depend_only_on_those_they_may() -> anyhow::Result<()> {
         if name == "isopod-tests" {
             continue;
         }
-        let (_, allowed) = ALLOWED.iter().find(|(member, _)| *member == name).with_context(|| format!("{name} is new"))?;
+        let (_, allowed) =
+            ALLOWED.iter().find(|(member, _)| *member == name).with_context(|| format!("{name} is new"))?;
         for dependency in package["dependencies"].as_array().context("dependencies")? {
             let used = dependency["name"].as_str().context("a dependency's name")?;
             let is_test = dependency["kind"] == "dev";

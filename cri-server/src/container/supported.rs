@@ -3,6 +3,7 @@
 use super::SpecError;
 use crate::cri;
 use crate::cri::security_profile::ProfileType;
+use crate::network::ports;
 
 fn invalid(field: &'static str, problem: &str) -> SpecError {
     SpecError::Invalid { field, problem: problem.to_owned() }
@@ -31,8 +32,8 @@ pub fn check_sandbox(config: &cri::PodSandboxConfig) -> Result<(), SpecError> {
     if config.hostname.len() > 64 || config.hostname.contains(|byte: char| byte.is_control() || byte == '/') {
         return Err(invalid("config.hostname", "it is not a host name of at most 64 bytes"));
     }
-    if let Some(mapping) = config.port_mappings.iter().find(|mapping| mapping.host_port != 0) {
-        return Err(unsupported("config.port_mappings", format!("host ports (host_port {})", mapping.host_port)));
+    if let Err(problem) = ports::parse(&config.port_mappings) {
+        return Err(SpecError::Invalid { field: "config.port_mappings", problem });
     }
     let Some(linux) = &config.linux else { return Ok(()) };
     for (name, value) in &linux.sysctls {

@@ -47,13 +47,17 @@ pub fn sandbox_item(record: &SandboxRecord) -> cri::PodSandbox {
 pub fn sandbox_status(record: &SandboxRecord) -> cri::PodSandboxStatus {
     let context = record.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let options = context.and_then(|context| context.namespace_options.clone()).unwrap_or_default();
-    let ip = record.address.map(|address| address.to_string()).unwrap_or_default();
+    let mut ips = record.network.iter().flat_map(|network| network.ips()).map(|ip| ip.to_string());
+    let network = cri::PodSandboxNetworkStatus {
+        ip: ips.next().unwrap_or_default(),
+        additional_ips: ips.map(|ip| cri::PodIp { ip }).collect(),
+    };
     cri::PodSandboxStatus {
         id: record.id.to_string(),
         metadata: record.config.metadata.clone(),
         state: record.phase.to_cri().into(),
         created_at: record.created_at,
-        network: Some(cri::PodSandboxNetworkStatus { ip, additional_ips: Vec::new() }),
+        network: Some(network),
         linux: Some(cri::LinuxPodSandboxStatus { namespaces: Some(cri::Namespace { options: Some(options) }) }),
         labels: record.config.labels.clone(),
         annotations: record.config.annotations.clone(),

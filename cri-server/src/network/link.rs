@@ -1,13 +1,14 @@
 //! Interfaces, by rtnetlink.
 
-use std::net::Ipv4Addr;
-
 use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::{Error, Handle, LinkBridge, LinkUnspec};
+use rtnetlink::{Error, Handle, LinkBridge, LinkBridgePort, LinkUnspec};
 use tokio::task::JoinHandle;
 
 use super::NetworkError;
+use super::pod::Mac;
 
 const ENODEV: i32 = -19;
 const EEXIST: i32 = -17;
@@ -40,6 +41,11 @@ impl Links {
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
+    /// For other requests in the same namespace.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     async fn index(&self, name: &str) -> Result<Option<u32>, NetworkError> {
         match self.handle.link().get().match_name(name).execute().try_next().await {
             Ok(link) => Ok(link.map(|link| link.header.index)),
@@ -57,35 +63,49 @@ impl Links {
         Ok(self.index(name).await?.is_some())
     }
 
-    /// Makes the bridge with this address, or makes the one that is there right.
-    pub async fn bridge(
-        &self,
-        name: &str,
-        mac: [u8; 6],
-        address: Ipv4Addr,
-        prefix: u8,
-        mtu: u32,
-    ) -> Result<(), NetworkError> {
-        if self.index(name).await?.is_none() {
-            // With an address of its own the bridge does not take those of its ports, which come and go: the guests'
-            // neighbour tables stay right.
-            let message = LinkBridge::new(name).address(mac.to_vec()).build();
-            self.handle.link().add(message).execute().await.map_err(failed("make", name))?;
+    /// Makes the bridge, down and without addresses, unless it is there.
+    pub async fn make_bridge(&self, name: &str, mac: Mac) -> Result<(), NetworkError> {
+        if self.index(name).await?.is_some() {
+            return Ok(());
         }
+        // With an address of its own the bridge does not take those of its ports, which come and go: the guests'
+        // neighbour tables stay right.
+        let message = LinkBridge::new(name).address(mac.0.to_vec()).build();
+        self.handle.link().add(message).execute().await.map_err(failed("make", name))
+    }
+
+    /// Brings an interface up with these addresses. An IPv6 address is used without duplicate detection, at once.
+    pub async fn bring_up(&self, name: &str, addresses: &[IpNet], mtu: Option<u32>) -> Result<(), NetworkError> {
         let index = self.needed(name).await?;
-        let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
-        self.handle.link().set(message).execute().await.map_err(failed("bring up", name))?;
-        match self.handle.address().add(index, address.into(), prefix).execute().await {
-            Err(error) if !is(&error, EEXIST) => Err(failed("give an address to", name)(error)),
-            Ok(()) | Err(_) => Ok(()),
+        let mut builder = LinkUnspec::new_with_index(index).up();
+        if let Some(mtu) = mtu {
+            builder = builder.mtu(mtu);
         }
+        self.handle.link().set(builder.build()).execute().await.map_err(failed("bring up", name))?;
+        for address in addresses {
+            let mut request = self.handle.address().add(index, address.addr(), address.prefix_len());
+            if address.addr().is_ipv6() {
+                let flags = AddressAttribute::Flags(AddressFlags::Nodad | AddressFlags::Permanent);
+                request.message_mut().attributes.push(flags);
+            }
+            match request.execute().await {
+                Err(error) if !is(&error, EEXIST) => return Err(failed("give an address to", name)(error)),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Makes the tap `name` a port of `bridge` and brings it up.
     pub async fn join(&self, name: &str, bridge: &str, mtu: u32) -> Result<(), NetworkError> {
         let (tap, bridge) = (self.needed(name).await?, self.needed(bridge).await?);
+        let doing = "join to the bridge";
         let message = LinkUnspec::new_with_index(tap).mtu(mtu).controller(bridge).up().build();
-        self.handle.link().set(message).execute().await.map_err(failed("join to the bridge", name))
+        self.handle.link().set(message).execute().await.map_err(failed(doing, name))?;
+        // Where bridged packets pass the node's rules (br_netfilter), what a pod sends to a host port or a service that is its
+        // own has to go out where it came in.
+        let message = LinkBridgePort::new(tap).hairpin(true).build();
+        self.handle.link().set_port(message).execute().await.map_err(failed(doing, name))
     }
 
     /// Removes an interface. One that is not there is a success.

@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
-use std::net::Ipv4Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +19,8 @@ use crate::cgroup::{self, CgroupError};
 use crate::check;
 use crate::context::Context;
 use crate::guest::{Guest, GuestError, HelloConnection, LONG};
-use crate::network::{Attachment, NetworkError, mac_of};
+use crate::network::pod::{PodNetwork, PodRoute};
+use crate::network::{Attachment, NetworkError};
 use crate::store::StateError;
 use crate::vmm::{self, BootDisk, VSOCK_SOCKET, Vm, VmSpec, VmmError, console_tail};
 use crate::{container, cri};
@@ -29,6 +29,8 @@ use crate::{container, cri};
 const SCRATCH_DISK: &str = "scratch";
 /// The agent's call that makes a guest a pod.
 const CONFIGURE: &str = "ConfigurePod";
+/// The name of a pod's interface, as everywhere in Kubernetes.
+const INTERFACE: &str = "eth0";
 /// How long the reason of a lost connection is waited for.
 const END_GRACE: Duration = Duration::from_secs(3);
 
@@ -137,11 +139,11 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     let scratch = make_scratch(context, record).await?;
     cgroup::make(&cgroup).map_err(BringUpError::Cgroup)?;
-    let attachment = context.network.attach(&record.id).await.map_err(BringUpError::Network)?;
-    record.address = Some(attachment.address);
+    let attachment = context.network.attach(&record.id, &record.config).await.map_err(BringUpError::Network)?;
+    record.network = Some(attachment.network.clone());
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
 
-    let address = attachment.address;
+    let network = attachment.network.clone();
     let (vm, configuration, hello) = start_vm(context, record, &directory, scratch, attachment).await?;
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     configuration.deliver(&vm).await.map_err(BringUpError::Vmm)?;
@@ -153,7 +155,7 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
         "the guest is up"
     );
     let guest = Guest::new(directory.join(VSOCK_SOCKET));
-    if let Err(error) = configure(context, record, &guest, address).await {
+    if let Err(error) = configure(record, &guest, &network).await {
         return Err(BringUpError::Configure(error.or_end_of(&vm, CONFIGURE).await));
     }
     Ok(Up { vm: Arc::new(vm), guest })
@@ -194,7 +196,7 @@ async fn start_vm(
         kernel: open(&config.kernel)?,
         initramfs: open(&config.initramfs)?,
         disks: vec![scratch],
-        interface: (attachment.tap, mac_of(attachment.address), context.network.mtu()),
+        interface: (attachment.tap, attachment.network.mac.0, attachment.network.mtu),
         verbose_console: config.verbose_console,
     };
     let sockets = Vm::listen(directory).map_err(BringUpError::Vmm)?;
@@ -231,30 +233,20 @@ async fn await_hello(vm: &Vm, hello: HelloConnection, deadline: Duration) -> Res
     }
 }
 
-async fn configure(
-    context: &Context,
-    record: &SandboxRecord,
-    guest: &Guest,
-    address: Ipv4Addr,
-) -> Result<(), GuestError> {
-    let mac = mac_of(address).map(|byte| format!("{byte:02x}")).join(":");
+async fn configure(record: &SandboxRecord, guest: &Guest, network: &PodNetwork) -> Result<(), GuestError> {
     let hostname = record.hostname();
     // A node without the file has no resolver to offer.
     let of_node = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let request = ConfigurePodRequest {
         interfaces: vec![Interface {
-            mac,
-            name: "eth0".to_owned(),
-            addresses: vec![format!("{address}/{}", context.network.prefix())],
-            mtu: context.network.mtu(),
+            mac: network.mac.to_string(),
+            name: INTERFACE.to_owned(),
+            addresses: network.addresses.iter().map(ToString::to_string).collect(),
+            mtu: network.mtu,
         }],
-        routes: vec![Route {
-            destination: "0.0.0.0/0".to_owned(),
-            gateway: context.network.gateway().to_string(),
-            interface: "eth0".to_owned(),
-        }],
-        resolv_conf: files::resolv_conf(record.config.dns_config.as_ref(), &of_node).into(),
-        hosts: files::hosts(&hostname, address).into(),
+        routes: network.routes.iter().map(route).collect(),
+        resolv_conf: files::resolv_conf(record.config.dns_config.as_ref(), network.dns.as_ref(), &of_node).into(),
+        hosts: files::hosts(&hostname, network.ips()).into(),
         hostname,
         sysctls: sysctls(&record.config),
         scratch_disk: SCRATCH_DISK.to_owned(),
@@ -276,4 +268,12 @@ fn sysctls(config: &cri::PodSandboxConfig) -> HashMap<String, String> {
         sysctls.entry(LOW_PORTS.to_owned()).or_insert_with(|| "0".to_owned());
     }
     sysctls
+}
+
+fn route(route: &PodRoute) -> Route {
+    Route {
+        destination: route.destination.to_string(),
+        gateway: route.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
+        interface: INTERFACE.to_owned(),
+    }
 }

@@ -69,7 +69,7 @@ impl Driver {
             self.vm_ended(&VmEnd { message: "the sandbox was stopped".to_owned(), console: String::new() }).await;
         }
         resources::release(&self.context, &self.record).await?;
-        self.record.address = None;
+        self.record.network = None;
         self.record.cgroup = None;
         self.record.vm = None;
         self.save().await

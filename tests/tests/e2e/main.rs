@@ -12,6 +12,8 @@ mod host;
 mod images;
 mod logs;
 mod network;
+mod network_builtin;
+mod network_cni;
 mod pods;
 mod processes;
 mod restart;

@@ -111,6 +111,10 @@ async fn name_servers_and_hosts_are_those_asked_for() -> anyhow::Result<()> {
     let hosts = pod.script("cat /etc/hosts").await?;
     assert!(hosts.contains("127.0.0.1") && hosts.contains("localhost"), "{hosts}");
     assert!(hosts.lines().any(|line| line.starts_with(&address) && line.contains("named")), "{hosts}");
+    let addresses = pod.status().await?.network.unwrap_or_default().additional_ips;
+    let [second] = addresses.as_slice() else { anyhow::bail!("not two addresses: {addresses:?}") };
+    assert!(hosts.lines().any(|line| line.starts_with(&second.ip) && line.contains("named")), "{hosts}");
+    assert_eq!(pod.script("hostname; cat /etc/hostname").await?, "named\nnamed\n");
     pod.remove().await?;
     Ok(())
 }

@@ -35,8 +35,15 @@ impl Sandboxes {
                 message: problem.unwrap_or_default(),
             }
         };
-        let conditions =
-            vec![condition("RuntimeReady", false, "HostNotReady"), condition("NetworkReady", true, "NetworkNotReady")];
+        let mut network = condition("NetworkReady", true, "NetworkNotReady");
+        if network.status
+            && let Err(problem) = self.runtime.context().network.status().await
+        {
+            network.status = false;
+            network.reason = problem.reason.to_owned();
+            network.message = problem.message;
+        }
+        let conditions = vec![condition("RuntimeReady", false, "HostNotReady"), network];
         let mut info = HashMap::new();
         if request.verbose {
             let config = serde_json::to_string(&self.runtime.context().config)
