@@ -21,7 +21,7 @@ const RUNS: usize = 5;
 /// Where QEMU puts the initramfs: above the kernel, below the end of memory.
 const INITRD_ADDRESS: u64 = 64 << 20;
 /// As isopod-vmm's own.
-const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1 no_timer_check";
+const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1 no_timer_check loop.max_loop=0 dummy.numdummies=0";
 const DEADLINE: Duration = Duration::from_secs(120);
 
 struct Sample {

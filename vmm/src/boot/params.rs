@@ -18,11 +18,13 @@ const E820_RESERVED: u32 = 2;
 
 /// The kernel arguments a VM needs, before `extra`.
 ///
-/// A reset is a triple fault, which ends `KVM_RUN` at once, and a panic resets. Only bus 0 exists. Only errors reach the
-/// console unless `verbose`: each byte costs two exits.
+/// A reset is a triple fault, which ends `KVM_RUN` at once, and a panic resets. Only bus 0 exists. No loop or dummy devices
+/// are made before somebody asks for one: eight and one of them would be, at every boot. Only errors reach the console
+/// unless `verbose`: each byte costs two exits.
 pub fn command_line(verbose: bool, extra: &str) -> String {
     let console = if verbose { "console=ttyS0 ignore_loglevel" } else { "console=ttyS0 quiet" };
-    let mut line = format!("{console} reboot=t panic=-1 no_timer_check pci=lastbus=0");
+    let mut line =
+        format!("{console} reboot=t panic=-1 no_timer_check pci=lastbus=0 loop.max_loop=0 dummy.numdummies=0");
     if !extra.is_empty() {
         line.push(' ');
         line.push_str(extra);
