@@ -13,14 +13,14 @@ help:
 ## make all         the programs, the guest kernel and the initramfs, in out/
 all: programs kernel initramfs
 
-## make programs    out/isopod and out/isopod-vmm, optimized
+## make programs    out/isopod, out/isopod-vmm and out/isopod-fs, optimized
 programs:
 	@tests/setup/packages gcc libc6-dev
 	@tests/setup/rust
-	@echo "programs: building isopod and isopod-vmm; some minutes the first time"
-	@$(CARGO) build --release --locked -p isopod-cri-server -p isopod-vmm --bins
+	@echo "programs: building isopod, isopod-vmm and isopod-fs; some minutes the first time"
+	@$(CARGO) build --release --locked -p isopod-cri-server -p isopod-vmm -p isopod-fs --bins
 	@mkdir -p out
-	@for name in isopod isopod-vmm; do ln -sfn "$$(realpath "$(TARGET)/release/$$name")" "out/$$name"; done
+	@for name in isopod isopod-vmm isopod-fs; do ln -sfn "$$(realpath "$(TARGET)/release/$$name")" "out/$$name"; done
 
 kernel:
 	@guest/kernel/build

@@ -2,7 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files = ["proto/agent.proto", "proto/stream.proto", "proto/vmm.proto"];
+    let files = ["proto/agent.proto", "proto/stream.proto", "proto/vmm.proto", "proto/file_server.proto"];
     let descriptors = protox::compile(files, ["proto"])?;
     let service = std::env::var_os("CARGO_FEATURE_AGENT_SERVICE").is_some();
     tonic_prost_build::configure()

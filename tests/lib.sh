@@ -35,6 +35,7 @@ log_level = "${ISOPOD_LOG:-info}"
 
 [vmm]
 binary = "$(realpath "$repo/out/isopod-vmm")"
+file_server = "$(realpath "$repo/out/isopod-fs")"
 kernel = "$(realpath "$repo/out/vmlinux")"
 initramfs = "$(realpath "$repo/out/initramfs.cpio")"
 boot_deadline_seconds = 120

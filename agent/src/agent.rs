@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use isopod_proto::agent::{
     ConfigurePodRequest, CreateContainerRequest, ExecRequest, PidMode, ResolvedUser, SignalRequest, StatsRequest,
-    StatsResponse, UpdateContainerRequest,
+    StatsResponse, UpdateContainerRequest, mount,
 };
 use isopod_proto::{ErrorKind, ObjectId};
 use parking_lot::Mutex;
@@ -19,7 +20,7 @@ use crate::pod_init::PodInit;
 use crate::process::{Outcome, Process};
 use crate::reaper::Reaper;
 use crate::user_namespace::UserNamespaces;
-use crate::{cgroup, pod, stats, sys};
+use crate::{cgroup, devices, pod, shares, stats, sys};
 
 /// A thing with an id: there, or under way to be or to go. Under way is what a second request for the same id meets.
 enum Slot<T> {
@@ -90,6 +91,12 @@ impl Agent {
         self.disks.detach(id).await
     }
 
+    /// Mounts what the host shares with the pod.
+    pub async fn attach_file_system(&self, tag: &str) -> Result<()> {
+        let (layout, tag) = (self.layout.clone(), tag.to_owned());
+        blocking(move || shares::attach(&layout, &tag)).await
+    }
+
     /// Makes a container; its process waits for [`Agent::start_container`].
     pub async fn create_container(&self, request: CreateContainerRequest) -> Result<ResolvedUser> {
         let id = checked_id(&request.id)?;
@@ -102,6 +109,8 @@ impl Agent {
             layout: self.layout.clone(),
             reaper: Arc::clone(&self.reaper),
             layers: self.disks.layers(&request.image_disk)?,
+            image_volumes: self.image_volumes(&request)?,
+            devices: self.devices(&request)?,
             pid_namespace: self.pid_namespace(&request).await?,
             user_namespace: match &request.user_namespace {
                 Some(wanted) => Some(self.user_namespaces.get(wanted).await?),
@@ -112,6 +121,20 @@ impl Agent {
         process.fill(Arc::clone(&container.init));
         reservation.fill(container);
         Ok(user)
+    }
+
+    /// The mounted layers of the images that are volumes of the container, by their disks.
+    fn image_volumes(&self, request: &CreateContainerRequest) -> Result<HashMap<String, Vec<PathBuf>>> {
+        let images = request.mounts.iter().filter_map(|mount| match &mount.source {
+            Some(mount::Source::Image(image)) => Some(&image.disk),
+            _ => None,
+        });
+        images.map(|disk| Ok((disk.clone(), self.disks.layers(disk)?))).collect()
+    }
+
+    /// The device nodes that the container asks for.
+    fn devices(&self, request: &CreateContainerRequest) -> Result<Vec<crate::stub::message::Device>> {
+        request.devices.iter().map(|device| devices::resolve(device, &self.disks)).collect()
     }
 
     /// A process in the PID namespace that the container is to join, if it joins one.

@@ -8,10 +8,12 @@
 //! The first process exists from the creation on, prepared and waiting (see [`crate::stub`]). Whether it has ended is told by
 //! the process, not by the state. Removal is the one place that releases what creation made.
 
+mod image_volume;
 mod plan;
 mod program;
 mod rootfs;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,7 +32,7 @@ use crate::launch::{self, Prepared};
 use crate::layout::Layout;
 use crate::process::{Ending, Ends, Process, Streams};
 use crate::reaper::Reaper;
-use crate::stub::message::{Descriptor, Launch, Role};
+use crate::stub::message::{Descriptor, Device, Launch, Role};
 use crate::user_namespace::UserNamespace;
 use crate::users;
 
@@ -62,6 +64,10 @@ pub struct Parts {
     pub reaper: Arc<Reaper>,
     /// The mounted layers of its image, the top one first.
     pub layers: Vec<PathBuf>,
+    /// The mounted layers of the images that are its volumes, by their disks.
+    pub image_volumes: HashMap<String, Vec<PathBuf>>,
+    /// Device nodes besides those that every container has.
+    pub devices: Vec<Device>,
     /// A process whose PID namespace it joins.
     pub pid_namespace: Option<OwnedFd>,
     /// The user namespace it is in, unless that is the guest's.
@@ -77,10 +83,10 @@ pub fn create(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Co
 }
 
 fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Container>, ResolvedUser)> {
-    let Parts { layout, reaper, layers, pid_namespace, user_namespace } = parts;
+    let Parts { layout, reaper, layers, image_volumes, devices, pid_namespace, user_namespace } = parts;
     let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
     let wanted = request.process.as_ref().ok_or_else(|| Error::invalid("the container has no process"))?;
-    let sources = make_sources(layout, request)?;
+    let sources = make_sources(layout, request, image_volumes)?;
     let mounts = plan::mounts(request, layout, &sources)?;
 
     let scratch = layout.container_scratch(&request.id);
@@ -95,7 +101,7 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
     let program = program::resolve(wanted, &identity)?;
     let cgroup = Arc::new(Cgroup::create(layout.cgroup_parent(), &request.id)?);
     cgroup.apply(&settings)?;
-    let devices = plan::devices(request.privileged && user_namespace.is_none());
+    let devices = plan::devices(request.privileged && user_namespace.is_none(), devices);
     let cgroup_directory = cgroup.clone_directory()?;
     // A privileged container has all of the guest.
     if !request.privileged {
@@ -165,7 +171,11 @@ fn follow(prepared: &mut Prepared, ending: Ending, cgroup: Arc<Cgroup>, first: b
 }
 
 /// Makes the agent's side of the requested mounts; the path of each that has one.
-fn make_sources(layout: &Layout, request: &CreateContainerRequest) -> Result<Vec<Option<String>>> {
+fn make_sources(
+    layout: &Layout,
+    request: &CreateContainerRequest,
+    images: &HashMap<String, Vec<PathBuf>>,
+) -> Result<Vec<Option<String>>> {
     let files = layout.container_files(&request.id);
     fs::create_dir(&files).context(|| format!("make {}", files.display()))?;
     let source = |(number, mount): (usize, &Mount)| match &mount.source {
@@ -174,6 +184,11 @@ fn make_sources(layout: &Layout, request: &CreateContainerRequest) -> Result<Vec
             let path = files.join(number.to_string());
             write_file(&path, contents, if mount.mode == 0 { 0o644 } else { mount.mode })?;
             Ok(Some(path_text(path)))
+        }
+        Some(mount::Source::Share(name)) => crate::shares::path(layout, name).map(Some),
+        Some(mount::Source::Image(image)) => {
+            let layers = images.get(&image.disk).map(Vec::as_slice).unwrap_or_default();
+            image_volume::mount(layers, &image.sub_path, &files.join(number.to_string())).map(Some)
         }
         Some(mount::Source::TmpfsSizeBytes(_)) | None => Ok(None),
     };
@@ -275,6 +290,7 @@ pub fn release(layout: &Layout, id: &str) -> Result<()> {
     if cgroup.exists() {
         Cgroup::open(cgroup)?.remove()?;
     }
+    image_volume::unmount_all(&layout.container_files(id));
     for directory in [layout.container_scratch(id), layout.container_files(id)] {
         match fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -132,6 +132,15 @@ impl Disks {
         }
     }
 
+    /// The name below /dev of an attached disk that is no image.
+    pub fn device(&self, id: &str) -> Result<String> {
+        match self.disks.lock().get(id) {
+            Some(Slot::Attached(Attached { layers: 0, device })) if !device.is_empty() => Ok(device.clone()),
+            Some(Slot::Busy) => Err(busy(id)),
+            _ => Err(Error::not_found(format!("disk {id:?} is not attached as a device"))),
+        }
+    }
+
     /// Mounts the disk as the pod's ext4 scratch file system.
     pub async fn mount_scratch(&self, id: &str) -> Result<()> {
         self.attach(id, 0).await?;

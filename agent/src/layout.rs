@@ -65,6 +65,11 @@ impl Layout {
         self.run.join("shm")
     }
 
+    /// Where the file system is mounted whose root has what the host shares with the pod.
+    pub fn shares(&self) -> PathBuf {
+        self.run.join("shares")
+    }
+
     /// Where each stub, in its own mount namespace, mounts what becomes its root.
     pub fn mount_point(&self) -> PathBuf {
         self.run.join("root")
@@ -72,6 +77,6 @@ impl Layout {
 
     /// Every directory that has to be there before anything else.
     pub fn directories(&self) -> Vec<PathBuf> {
-        ["disks", "scratch", "containers", "pod", "shm", "root"].map(|name| self.run.join(name)).to_vec()
+        ["disks", "scratch", "containers", "pod", "shm", "shares", "root"].map(|name| self.run.join(name)).to_vec()
     }
 }

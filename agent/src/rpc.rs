@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use isopod_proto::agent::agent_server::Agent as Service;
 use isopod_proto::agent::{
-    AttachDiskRequest, AttachDiskResponse, ConfigurePodRequest, ConfigurePodResponse, CreateContainerRequest,
-    CreateContainerResponse, DetachDiskRequest, DetachDiskResponse, ExecRequest, ExecResponse, RemoveContainerRequest,
-    RemoveContainerResponse, RemoveProcessRequest, RemoveProcessResponse, ResizeTerminalRequest,
-    ResizeTerminalResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest,
-    StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest, UpdateContainerResponse,
-    WaitProcessRequest, WaitProcessResponse,
+    AttachDiskRequest, AttachDiskResponse, AttachFileSystemRequest, AttachFileSystemResponse, ConfigurePodRequest,
+    ConfigurePodResponse, CreateContainerRequest, CreateContainerResponse, DetachDiskRequest, DetachDiskResponse,
+    ExecRequest, ExecResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveProcessRequest,
+    RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, ShutdownRequest, ShutdownResponse,
+    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse,
+    UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use tokio::sync::Notify;
 use tonic::{Code, Request, Response, Status};
@@ -68,6 +68,12 @@ impl Service for Rpc {
     async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Answer<DetachDiskResponse> {
         let DetachDiskRequest { id } = request.into_inner();
         self.run(|agent| async move { agent.detach_disk(&id).await.map(|()| DetachDiskResponse {}) }).await
+    }
+
+    async fn attach_file_system(&self, request: Request<AttachFileSystemRequest>) -> Answer<AttachFileSystemResponse> {
+        let AttachFileSystemRequest { tag } = request.into_inner();
+        self.run(|agent| async move { agent.attach_file_system(&tag).await.map(|()| AttachFileSystemResponse {}) })
+            .await
     }
 
     async fn create_container(&self, request: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {

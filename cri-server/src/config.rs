@@ -44,6 +44,8 @@ pub struct RawConfig {
 pub struct RawVmm {
     /// The `isopod-vmm` program.
     pub binary: Option<PathBuf>,
+    /// The `isopod-fs` program; by default the one beside `binary`.
+    pub file_server: Option<PathBuf>,
     /// The guest kernel: an uncompressed ELF vmlinux.
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs, which holds the agent.
@@ -129,6 +131,8 @@ pub struct Config {
 pub struct VmmConfig {
     /// The `isopod-vmm` program.
     pub binary: PathBuf,
+    /// The `isopod-fs` program.
+    pub file_server: PathBuf,
     /// The guest kernel.
     pub kernel: PathBuf,
     /// The guest's initramfs.
@@ -285,8 +289,11 @@ impl Config {
 
 fn check_vmm(raw: RawVmm, mistakes: &mut Mistakes) -> VmmConfig {
     let path = |given: Option<PathBuf>, default: &str| given.unwrap_or_else(|| default.into());
+    let binary = path(raw.binary, "/usr/libexec/isopod/isopod-vmm");
+    let file_server = raw.file_server.unwrap_or_else(|| binary.with_file_name("isopod-fs"));
     VmmConfig {
-        binary: mistakes.absolute("vmm.binary", path(raw.binary, "/usr/libexec/isopod/isopod-vmm")),
+        binary: mistakes.absolute("vmm.binary", binary),
+        file_server: mistakes.absolute("vmm.file_server", file_server),
         kernel: mistakes.absolute("vmm.kernel", path(raw.kernel, "/usr/share/isopod/vmlinux")),
         initramfs: mistakes.absolute("vmm.initramfs", path(raw.initramfs, "/usr/share/isopod/initramfs.cpio")),
         vcpus: mistakes.within("vmm.vcpus", raw.vcpus.unwrap_or(1).into(), 1, 64) as u32,

@@ -158,6 +158,9 @@ pub struct ContainerRecord {
     pub state: ContainerState,
     /// Where its log goes, if it has one.
     pub log_path: Option<PathBuf>,
+    /// Disks besides that of its image: those of images and devices that are its volumes.
+    #[serde(default)]
+    pub volume_disks: Vec<String>,
     /// The signal that asks it to stop, by its Linux number.
     pub stop_signal: u32,
     /// Whom it runs as, resolved in its image.
@@ -170,6 +173,12 @@ impl ContainerRecord {
     /// The id its image's disk has in the pod.
     pub fn disk(&self) -> DiskId {
         disk_id(&self.image_id)
+    }
+
+    /// Every disk it uses in the pod.
+    pub fn disks(&self) -> impl Iterator<Item = DiskId> {
+        let volumes = self.volume_disks.iter().filter_map(|id| DiskId::parse(id).ok());
+        std::iter::once(self.disk()).chain(volumes)
     }
 }
 

@@ -27,6 +27,7 @@ pub mod sandbox;
 pub mod store;
 mod tools;
 pub mod vmm;
+pub mod volume;
 
 /// A new id.
 fn random_id() -> Result<isopod_proto::ObjectId, rustix::io::Errno> {

@@ -133,6 +133,7 @@ impl Runtime {
                         vm: None,
                         network: None,
                         cgroup: None,
+                        file_server: None,
                     };
                     self.inner.tasks.spawn(Arc::clone(&self.inner).bring_up(record));
                 }
@@ -267,6 +268,7 @@ mod tests {
             created_at: 1,
             state: ContainerState::Created,
             log_path: None,
+            volume_disks: Vec::new(),
             stop_signal: 15,
             user: None,
             process: Vec::new(),

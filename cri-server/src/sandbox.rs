@@ -21,6 +21,7 @@ mod ending;
 pub mod exec;
 mod monitor;
 mod operations;
+mod volumes;
 
 use std::path::PathBuf;
 
@@ -73,6 +74,9 @@ pub struct SandboxRecord {
     pub network: Option<PodNetwork>,
     /// Its cgroup's directory, once made.
     pub cgroup: Option<PathBuf>,
+    /// Its file server, once something was shared with it.
+    #[serde(default)]
+    pub file_server: Option<crate::volume::server::FileServerRecord>,
 }
 
 impl SandboxRecord {
@@ -106,6 +110,7 @@ impl SandboxRecord {
             vm: None,
             network: None,
             cgroup: None,
+            file_server: None,
         }
     }
 }
@@ -181,6 +186,12 @@ pub enum SandboxError {
         #[source]
         source: crate::vmm::VmmError,
     },
+    /// A host path.
+    #[error("cannot share a host path with the pod")]
+    HostPath(#[source] crate::volume::host::HostError),
+    /// The file server.
+    #[error("cannot share files with the pod")]
+    Files(#[source] crate::volume::server::FileServerError),
     /// The image store.
     #[error("cannot read image {image:?}")]
     Image {
@@ -236,6 +247,8 @@ impl SandboxError {
             Self::Guest { source, .. } => source.kind(),
             Self::Vmm { source, .. } => source.kind(),
             Self::Image { source, .. } => source.kind(),
+            Self::HostPath(error) => error.kind(),
+            Self::Files(error) => error.kind(),
             Self::State(error) => error.kind(),
             Self::Log(error) => error.kind(),
             Self::Release { .. } => ErrorKind::Internal,

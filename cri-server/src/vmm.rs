@@ -20,7 +20,9 @@ use std::path::PathBuf;
 use isopod_proto::ErrorKind;
 use serde::{Deserialize, Serialize};
 
-pub use control::{DiskFile, add_disk, console, remove_disk, stop};
+pub(crate) use control::exchange;
+pub use control::{DiskFile, add_disk, add_file_system, console, remove_disk, stop};
+pub(crate) use process::start_time;
 pub use process::{BootDisk, Configuration, Vm, VmSpec};
 
 /// Name of the control socket in a VM's directory.

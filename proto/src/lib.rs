@@ -1,8 +1,8 @@
 //! Wire types of isopod: what travels between the daemon, the VMM and the agent.
 //!
 //! Everything here is types and constants; nothing does I/O. The messages are generated from `proto/*.proto`, whose
-//! comments are the specification of the three protocols: [`agent`] (gRPC and streams over vsock) and [`vmm`] (the control
-//! socket and the configuration of one VMM process).
+//! comments are the specification of the protocols: [`agent`] (gRPC and streams over vsock), [`vmm`] (the control socket and
+//! the configuration of one VMM process) and [`files`] (the control socket of a pod's file server).
 
 mod error;
 mod frame;
@@ -22,6 +22,12 @@ pub mod agent {
 pub mod vmm {
     #![allow(missing_docs, clippy::all, clippy::too_many_lines, reason = "generated code")]
     include!(concat!(env!("OUT_DIR"), "/isopod.vmm.v1.rs"));
+}
+
+/// The file server's protocol.
+pub mod files {
+    #![allow(missing_docs, clippy::all, clippy::too_many_lines, reason = "generated code")]
+    include!(concat!(env!("OUT_DIR"), "/isopod.files.v1.rs"));
 }
 
 /// Version of the agent protocol; daemon and agent must agree on it exactly.
@@ -44,5 +50,9 @@ pub const STREAM_WINDOW: usize = 64 * 1024;
 pub const MAX_AGENT_MESSAGE: usize = 4 * 1024 * 1024;
 /// Most bytes a message on the VMM's control socket may have.
 pub const MAX_CONTROL_MESSAGE: usize = 256 * 1024;
+/// Most bytes of file contents that one FUSE message carries, in either direction: max_write of FUSE_INIT, and 256 pages.
+pub const MAX_FUSE_DATA: usize = 1 << 20;
+/// Most bytes of a whole FUSE message: its data, headers, and names.
+pub const MAX_FUSE_MESSAGE: usize = MAX_FUSE_DATA + 16 * 1024;
 /// How much of the serial console's output the VMM keeps.
 pub const CONSOLE_RING_BYTES: usize = 64 * 1024;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, ConsoleContents, ControlError, ControlReply, ControlRequest, Done, RemoveDisk, VmInfo,
+    AddDisk, AddFileSystem, ConsoleContents, ControlError, ControlReply, ControlRequest, Done, RemoveDisk, VmInfo,
 };
 use isopod_proto::{DiskId, ErrorKind};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -93,6 +93,7 @@ fn answer(
         None => Err(Failure(ErrorKind::InvalidArgument, "the request is empty or of an unknown kind".into())),
         Some(Request::AddDisk(AddDisk { disk })) => add_disk(machine, disk, files),
         Some(Request::RemoveDisk(RemoveDisk { id })) => remove_disk(machine, &id),
+        Some(Request::AddFileSystem(AddFileSystem { tag })) => add_file_system(machine, &tag, files),
         Some(Request::Info(_)) => Ok(Reply::Info(info(machine))),
         Some(Request::Console(_)) => Ok(Reply::Console(ConsoleContents { bytes: machine.console().contents() })),
         Some(Request::Pause(_)) => match machine.vcpus().pause() {
@@ -129,6 +130,13 @@ fn add_disk(
 fn remove_disk(machine: &mut Machine, id: &str) -> Result<Reply, Failure> {
     let id = DiskId::parse(id).map_err(|error| Failure(ErrorKind::InvalidArgument, error.to_string()))?;
     machine.remove_disk(&id).map_err(|error| Failure(error.kind(), chain(&error)))?;
+    Ok(Reply::Done(Done {}))
+}
+
+fn add_file_system(machine: &mut Machine, tag: &str, files: &mut connection::Descriptors) -> Result<Reply, Failure> {
+    let missing = || Failure(ErrorKind::InvalidArgument, "AddFileSystem comes without a socket".into());
+    let socket = files.take(1).pop().ok_or_else(missing)?;
+    machine.add_file_system(tag, socket.into()).map_err(|error| Failure(error.kind(), chain(&error)))?;
     Ok(Reply::Done(Done {}))
 }
 

@@ -12,6 +12,7 @@ mod testing;
 mod worker;
 
 pub mod block;
+pub mod fs;
 pub mod net;
 pub mod rng;
 pub mod vsock;

@@ -1,6 +1,7 @@
 //! One VM put together: KVM, memory, vCPUs, the bus and the devices on it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use isopod_proto::{DiskId, ErrorKind};
@@ -12,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError, BootSource, CpuStateError};
 use crate::config::{Config, DiskConfig};
 use crate::devices::block::{Block, BlockError};
+use crate::devices::fs::{Fs, FsError};
 use crate::devices::net::{Net, NetError};
 use crate::devices::rng::{Rng, RngError};
 use crate::devices::vsock::{Vsock, VsockError};
@@ -53,6 +55,9 @@ pub enum MachineError {
     /// A disk.
     #[error("cannot make disk {0}")]
     Disk(DiskId, #[source] BlockError),
+    /// A file system.
+    #[error("cannot make file system {0:?}")]
+    FileSystem(String, #[source] FsError),
     /// A network interface.
     #[error("cannot make a network interface")]
     Net(#[source] NetError),
@@ -68,6 +73,9 @@ pub enum MachineError {
     /// A disk id is in use.
     #[error("disk {0} is there already")]
     DiskExists(DiskId),
+    /// A tag is in use.
+    #[error("file system {0:?} is there already")]
+    FileSystemExists(String),
     /// A disk id is not in use.
     #[error("there is no disk {0}")]
     NoDisk(DiskId),
@@ -85,7 +93,8 @@ impl MachineError {
             Self::Vsock(error) => error.kind(),
             Self::Rng(error) => error.kind(),
             Self::Bus(_, error) => error.kind(),
-            Self::DiskExists(_) => ErrorKind::AlreadyExists,
+            Self::FileSystem(_, error) => error.kind(),
+            Self::DiskExists(_) | Self::FileSystemExists(_) => ErrorKind::AlreadyExists,
             Self::NoDisk(_) => ErrorKind::NotFound,
             Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Vcpus(_) => ErrorKind::Internal,
         }
@@ -108,6 +117,8 @@ pub struct Machine {
     pci: Arc<Mutex<PciBus>>,
     builder: FunctionBuilder,
     disks: Vec<(DiskId, FunctionNumber)>,
+    /// The tags of the file systems.
+    file_systems: Vec<String>,
     console: ConsoleRing,
     memory_bytes: u64,
     vcpu_count: u8,
@@ -139,7 +150,7 @@ impl Machine {
         let io_bus = Arc::new(IoBus::new(serial, Arc::clone(&pci)));
         let vcpus = VcpuSet::start(vcpus, io_bus).map_err(MachineError::Vcpus)?;
         let (memory_bytes, vcpu_count) = (config.memory_bytes, config.vcpus);
-        Ok(Self { vcpus, pci, builder, disks, console, memory_bytes, vcpu_count })
+        Ok(Self { vcpus, pci, builder, disks, file_systems: vec![], console, memory_bytes, vcpu_count })
     }
 
     /// Adds a disk; the guest finds it when it rescans the bus.
@@ -163,6 +174,18 @@ impl Machine {
         let function = self.pci.lock().remove(number);
         // Outside of the lock: dropping joins the worker, which may wait for the disk.
         drop(function);
+        Ok(())
+    }
+
+    /// Adds a file system that `socket` leads to; the guest finds it when it rescans the bus. It stays until the VM's end.
+    pub fn add_file_system(&mut self, tag: &str, socket: OwnedFd) -> Result<(), MachineError> {
+        if self.file_systems.iter().any(|other| other == tag) {
+            return Err(MachineError::FileSystemExists(tag.to_owned()));
+        }
+        let shown = || tag.chars().take(64).collect();
+        let device = Fs::new(tag, socket).map_err(|error| MachineError::FileSystem(shown(), error))?;
+        self.builder.add(&mut self.pci.lock(), Box::new(device))?;
+        self.file_systems.push(tag.to_owned());
         Ok(())
     }
 

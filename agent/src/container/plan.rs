@@ -33,8 +33,10 @@ pub fn mounts(
             _ => return Err(Error::invalid(format!("the mount at {destination:?} has no source"))),
         };
         let readonly = mount.readonly;
+        // What the pod itself has made holds no program to trust more than others; what the host or an image has may.
+        let nosuid = !matches!(mount.source, Some(mount::Source::Share(_) | mount::Source::Image(_)));
         // A tmpfs that is to be read-only is one nobody can fill; so be it, the daemon asked.
-        planned.push(PlannedMount { readonly, nosuid: true, nodev: true, ..mounted(&destination, source) });
+        planned.push(PlannedMount { readonly, nosuid, nodev: true, ..mounted(&destination, source) });
     }
     for mount in &mut planned {
         mount.idmap = knows_idmapped_mounts(mount);
@@ -130,8 +132,15 @@ fn tmpfs(size: u64, mode: u32) -> Source {
     filesystem("tmpfs", &options)
 }
 
-/// The device nodes that go into the container's /dev.
-pub fn devices(privileged: bool) -> Vec<Device> {
+/// The device nodes that go into the container's /dev. Those that are `asked` for replace others at their paths.
+pub fn devices(privileged: bool, asked: &[Device]) -> Vec<Device> {
+    let mut devices = default_devices(privileged);
+    devices.retain(|device| !asked.iter().any(|other| other.path == device.path));
+    devices.extend_from_slice(asked);
+    devices
+}
+
+fn default_devices(privileged: bool) -> Vec<Device> {
     let mut devices: Vec<Device> = DEVICES
         .iter()
         .map(|(name, major, minor)| Device {

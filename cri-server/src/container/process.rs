@@ -62,6 +62,7 @@ pub fn create_request(
         privileged: context.privileged,
         ipc_private: namespaces.ipc() == cri::NamespaceMode::Container,
         user_namespace: None,
+        devices: Vec::new(),
     })
 }
 

@@ -65,7 +65,12 @@ pub fn check(config: &cri::ContainerConfig) -> Result<(), SpecError> {
     if config.image.as_ref().is_none_or(|image| image.image.is_empty()) {
         return Err(invalid("config.image.image", "it is empty"));
     }
-    check_mounts(&config.mounts)?;
+    crate::volume::plan::plan(&config.mounts)?;
+    let options = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let user_namespace = options
+        .and_then(|context| context.namespace_options.as_ref())
+        .and_then(|options| options.userns_options.as_ref());
+    crate::volume::plan::check_mappings(&config.mounts, user_namespace)?;
     if let Some(device) = config.devices.first() {
         return Err(unsupported("config.devices", format!("devices of the host ({:?})", shown(&device.host_path))));
     }
@@ -84,16 +89,6 @@ pub fn check(config: &cri::ContainerConfig) -> Result<(), SpecError> {
     check_apparmor(context)?;
     check_selinux("config.linux.security_context.selinux_options", context.selinux_options.as_ref())?;
     check_namespaces(context.namespace_options.as_ref())
-}
-
-/// Directories and files of the host cannot be shown to a guest yet; a copy would not change with its original.
-fn check_mounts(mounts: &[cri::Mount]) -> Result<(), SpecError> {
-    let Some(mount) = mounts.first() else { return Ok(()) };
-    let target = shown(&mount.container_path);
-    if mount.image.is_some() {
-        return Err(unsupported("config.mounts", format!("image volumes (at {target:?})")));
-    }
-    Err(unsupported("config.mounts", format!("mounts of host paths ({:?} at {target:?})", shown(&mount.host_path))))
 }
 
 /// The guest has no AppArmor, so that no profile is loaded there. Seccomp profiles are looked at where they are compiled.
@@ -218,19 +213,6 @@ mod tests {
             let privileged = cri::LinuxContainerSecurityContext { privileged: true, ..with(kind) };
             assert!(check(&container(privileged)).is_ok());
         }
-    }
-
-    #[test]
-    fn a_mount_of_a_host_path_is_refused_by_its_name() {
-        let mut config = container(cri::LinuxContainerSecurityContext::default());
-        config.mounts.push(cri::Mount {
-            host_path: "/srv/data".into(),
-            container_path: "/data".into(),
-            ..Default::default()
-        });
-        let error = check(&config).expect_err("refused");
-        assert_eq!(error.kind(), ErrorKind::Unimplemented);
-        assert!(error.to_string().contains("/srv/data") && error.to_string().contains("/data"), "{error}");
     }
 
     #[test]

@@ -236,6 +236,7 @@ mod tests {
             created_at: 1,
             state: ContainerState::Running { started_at: 5 },
             log_path: None,
+            volume_disks: Vec::new(),
             stop_signal: 15,
             user: None,
             process: Vec::new(),

@@ -213,7 +213,7 @@ impl Driver {
         match driver.record.vm.and_then(|identity| Vm::find(identity, &directory).ok()) {
             Some(vm) => {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
-                driver.disks = driver.containers.values().map(|container| container.record.disk()).collect();
+                driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
                 driver.watch_vm();
                 let running: Vec<_> = driver
                     .containers

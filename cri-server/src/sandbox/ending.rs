@@ -72,6 +72,7 @@ impl Driver {
         self.record.network = None;
         self.record.cgroup = None;
         self.record.vm = None;
+        self.record.file_server = None;
         self.save().await
     }
 

@@ -22,6 +22,7 @@ use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{GuestError, LONG, SHORT};
 use crate::vmm::{self, DiskFile};
+use crate::volume;
 
 pub(super) const SIGKILL: u32 = 9;
 /// How long a killed container may take to end, with its log.
@@ -56,6 +57,7 @@ impl Driver {
         let id = crate::random_id().map_err(|_| SandboxError::Ended)?;
         let stop_signal = container::stop_signal(&config, &image.config.stop_signal).map_err(SandboxError::Spec)?;
         let target = self.pid_target(&config)?;
+        let volumes = volume::plan::plan(&config.mounts).map_err(SandboxError::Spec)?;
         let mut request =
             create_request(&id, &config, (&image_id, &image.config), &self.record.hostname(), target.as_ref())
                 .map_err(SandboxError::Spec)?;
@@ -64,6 +66,14 @@ impl Driver {
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
         self.attach(&image).await?;
+        let prepared = match self.prepare_volumes(&id, volumes).await {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.undo_create(&id).await;
+                return Err(error);
+            }
+        };
+        request.mounts.extend(prepared.mounts);
         let mut client = self.up()?.guest.client();
         let answer = client.create_container(request);
         let created = self.call("CreateContainer", LONG, answer).await;
@@ -83,6 +93,7 @@ impl Driver {
             created_at: now(),
             state: ContainerState::Created,
             log_path,
+            volume_disks: prepared.disks.iter().map(ToString::to_string).collect(),
             stop_signal,
             user: created.user.map(|user| User {
                 uid: user.uid,
@@ -101,11 +112,15 @@ impl Driver {
 
     async fn undo_create(&mut self, id: &ObjectId) {
         self.remove_in_guest(id).await;
+        self.release_volumes(id).await;
         self.detach_unused().await;
     }
 
     async fn image(&self, config: &cri::ContainerConfig) -> Result<Image, SandboxError> {
-        let name = config.image.clone().unwrap_or_default().image;
+        self.find_image(config.image.clone().unwrap_or_default().image).await
+    }
+
+    pub(super) async fn find_image(&self, name: String) -> Result<Image, SandboxError> {
         let (store, wanted) = (self.context.images.clone(), name.clone());
         let found = tokio::task::spawn_blocking(move || store.find(&wanted)).await.map_err(|_| SandboxError::Ended)?;
         found
@@ -132,7 +147,7 @@ impl Driver {
     }
 
     /// Plugs the image's disk into the VM and mounts it in the guest, unless it is there.
-    async fn attach(&mut self, image: &Image) -> Result<(), SandboxError> {
+    pub(super) async fn attach(&mut self, image: &Image) -> Result<(), SandboxError> {
         let id = container::disk_id(&image.id.to_string());
         if self.disks.contains(&id) {
             return Ok(());
@@ -164,8 +179,9 @@ impl Driver {
 
     /// Takes out the image disks that no container uses any more.
     async fn detach_unused(&mut self) {
-        let used =
-            |disk: &isopod_proto::DiskId| self.containers.values().any(|container| container.record.disk() == *disk);
+        let used = |disk: &isopod_proto::DiskId| {
+            self.containers.values().any(|container| container.record.disks().any(|other| other == *disk))
+        };
         let unused: Vec<_> = self.disks.iter().filter(|disk| !used(disk)).cloned().collect();
         for disk in unused {
             if self.unplug(&disk).await {
@@ -317,6 +333,7 @@ impl Driver {
             }
         }
         self.remove_in_guest(id).await;
+        self.release_volumes(id).await;
         self.context.store.remove_container(id).await?;
         self.containers.remove(id);
         self.context.index.remove_container(id);

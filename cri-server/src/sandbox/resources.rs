@@ -21,6 +21,19 @@ pub fn directory(context: &Context, id: &ObjectId) -> PathBuf {
     context.config.state.join("sandboxes").join(id.short())
 }
 
+/// Kills the sandbox's file server if it still runs, and waits until it has ended.
+pub async fn end_file_server(context: &Context, record: &SandboxRecord) {
+    let directory = directory(context, &record.id);
+    let Some(server) = &record.file_server else { return };
+    if let Ok(process) = Vm::find(server.process, &directory) {
+        process.kill();
+        if timeout(KILL_DEADLINE, process.ended()).await.is_err() {
+            // Its cgroup cannot be removed then, which is reported.
+            tracing::warn!(pid = server.process.pid, "a file server does not end");
+        }
+    }
+}
+
 /// Kills the sandbox's VMM if it still runs, and gives back tap, address, scratch disk, directory and cgroup. All is tried
 /// even if some of it fails. What is not there any more is a success, so this may be repeated.
 pub async fn release(context: &Context, record: &SandboxRecord) -> Result<(), SandboxError> {
@@ -34,6 +47,7 @@ pub async fn release(context: &Context, record: &SandboxRecord) -> Result<(), Sa
             problems.push(format!("VMM process {} does not end", identity.pid));
         }
     }
+    end_file_server(context, record).await;
     if let Err(error) = context.network.detach(&record.id).await {
         problems.push(chain(&error));
     }

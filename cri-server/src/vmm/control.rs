@@ -7,13 +7,16 @@ use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
-use isopod_proto::vmm::{AddDisk, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop};
+use isopod_proto::vmm::{
+    AddDisk, AddFileSystem, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop,
+};
 use isopod_proto::{DiskId, ErrorKind, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
+use prost::Message;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::{CONTROL_SOCKET, VmmError};
@@ -56,6 +59,12 @@ pub async fn remove_disk(directory: &Path, id: &DiskId) -> Result<(), VmmError> 
     done("remove a disk", directory, request, Vec::new()).await
 }
 
+/// Plugs a file system into the VM whose server is at the other end of `socket`.
+pub async fn add_file_system(directory: &Path, tag: &str, socket: File) -> Result<(), VmmError> {
+    let request = Request::AddFileSystem(AddFileSystem { tag: tag.to_owned() });
+    done("add a file system", directory, request, vec![socket]).await
+}
+
 /// Stops the VM at once.
 pub async fn stop(directory: &Path) -> Result<(), VmmError> {
     done("stop", directory, Request::Stop(Stop {}), Vec::new()).await
@@ -91,17 +100,25 @@ fn unexpected(doing: &'static str, reply: &Reply) -> VmmError {
 async fn ask(doing: &'static str, directory: &Path, request: Request, files: Vec<File>) -> Result<Reply, VmmError> {
     let path = directory.join(CONTROL_SOCKET);
     let socket = path.clone();
-    let work = move || exchange(&socket, &ControlRequest { request: Some(request) }, &files);
-    let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+    let work = move || exchange(&socket, &ControlRequest { request: Some(request) }, &files, DEADLINE);
+    let result: io::Result<ControlReply> =
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
     let reply = result.map_err(|source| VmmError::Control { doing, path: path.clone(), source })?;
     let nothing = || VmmError::Control { doing, path, source: io::Error::other("the reply is empty") };
     reply.reply.ok_or_else(nothing)
 }
 
-fn exchange(path: &PathBuf, request: &ControlRequest, files: &[File]) -> io::Result<ControlReply> {
+/// Connects to the socket at `path`, sends `request` along with `files`, and returns the reply, for which each read and write may
+/// take `deadline`.
+pub(crate) fn exchange<Q: Message, A: Message + Default>(
+    path: &Path,
+    request: &Q,
+    files: &[File],
+    deadline: Duration,
+) -> io::Result<A> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
-    stream.set_write_timeout(Some(DEADLINE))?;
+    stream.set_read_timeout(Some(deadline))?;
+    stream.set_write_timeout(Some(deadline))?;
     let frame = encode_frame(request);
     let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];

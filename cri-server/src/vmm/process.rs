@@ -305,7 +305,8 @@ fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
 }
 
-fn start_time(pid: i32) -> io::Result<u64> {
+/// When the process `pid` was started, as in [`VmIdentity`].
+pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     parse_start_time(&stat).ok_or_else(|| io::Error::other("an unexpected /proc/pid/stat"))
 }

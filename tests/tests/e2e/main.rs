@@ -18,3 +18,4 @@ mod pods;
 mod processes;
 mod restart;
 mod security;
+mod volumes;

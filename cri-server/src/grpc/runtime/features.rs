@@ -7,7 +7,7 @@ use crate::runtime::HANDLERS;
 pub fn handlers() -> Vec<cri::RuntimeHandler> {
     let handler = |name: &str| cri::RuntimeHandler {
         name: name.to_owned(),
-        features: Some(cri::RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: true }),
+        features: Some(cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true }),
     };
     HANDLERS.into_iter().map(handler).collect()
 }

@@ -1,0 +1,135 @@
+//! The server process: makes its jail, then serves.
+//!
+//! It starts as a child of the broker, in the namespaces that the broker has made, as process 1 of a PID namespace, with the
+//! host's mounts still in sight. What it does here, in this order, ends that.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags};
+use rustix::process::{Resource, Rlimit, Signal};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::server::Server;
+use crate::session;
+
+/// What root needs to do with files as it likes. Not CAP_DAC_READ_SEARCH, which opens files by handle, wherever they are, and
+/// not CAP_MKNOD.
+const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETFCAP);
+/// Descriptors the server may have: one for each file that the guest knows.
+const MAX_DESCRIPTORS: u64 = 1 << 20;
+/// Capabilities that any kernel may know.
+const CAPABILITY_BITS: u64 = 64;
+
+fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> io::Error {
+    move |errno| io::Error::other(format!("cannot {what}: {errno}"))
+}
+
+/// Serves the guest's requests from `fuse`, and the broker's, to let go of shares, from `control`. Returns at the end of the VM.
+pub fn serve(fuse: UnixStream, control: UnixStream) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("follow the broker's end"))?;
+    raise_limit();
+    // Modes come from the guest, less its umask.
+    rustix::process::umask(Mode::empty());
+    let descriptors = own_descriptors().map_err(failed("open /proc/self/fd"))?;
+    enter_empty_root().map_err(failed("enter an empty root"))?;
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("open the root"))?;
+    drop_privileges().map_err(failed("drop capabilities"))?;
+
+    let server = Server::new(root, descriptors);
+    // Tells the broker that the root is there.
+    (&control).write_all(b"\n")?;
+    std::thread::scope(|scope| {
+        let letting_go =
+            std::thread::Builder::new().name("shares".to_owned()).spawn_scoped(scope, || let_go(&server, &control))?;
+        let result = session::run(&server, &fuse);
+        // Ends the other thread.
+        let _ = control.shutdown(std::net::Shutdown::Both);
+        letting_go.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))?;
+        result
+    })
+}
+
+/// Lets go of shares that the broker has taken away: a line has the beginning of their names, and gets an empty one in answer.
+fn let_go(server: &Server, mut control: &UnixStream) -> io::Result<()> {
+    let mut lines = BufReader::new(control);
+    let mut prefix = String::new();
+    while lines.read_line(&mut prefix)? > 0 {
+        let gone = prefix.trim_end_matches('\n');
+        server.forget_shares(|share| share.starts_with(gone));
+        control.write_all(b"\n")?;
+        prefix.clear();
+    }
+    Ok(())
+}
+
+fn raise_limit() {
+    let limit = Rlimit { current: Some(MAX_DESCRIPTORS), maximum: Some(MAX_DESCRIPTORS) };
+    if rustix::process::setrlimit(Resource::Nofile, limit).is_err() {
+        // More than fs.nr_open of the host: then what is allowed without asking. A guest that needs more is told ENFILE.
+        let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+        let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+}
+
+/// The directory of this process's own descriptors, in a proc file system that shows no process outside and is mounted nowhere.
+fn own_descriptors() -> rustix::io::Result<OwnedFd> {
+    let proc = new_filesystem("proc", &[])?;
+    rustix::fs::openat(&proc, "self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+fn new_filesystem(kind: &str, options: &[(&str, &str)]) -> rustix::io::Result<OwnedFd> {
+    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        rustix::mount::fsconfig_set_string(&context, *key, *value)?;
+    }
+    rustix::mount::fsconfig_create(&context)?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// Makes an empty file system the root of the mount namespace and detaches everything else. The broker, which is in the same
+/// namespace, gets the new root with it.
+fn enter_empty_root() -> rustix::io::Result<()> {
+    // Room for mount points only.
+    let root = new_filesystem("tmpfs", &[("mode", "0755"), ("size", "1048576")])?;
+    // Any directory will do; this one is there.
+    let place = "/proc";
+    rustix::mount::move_mount(&root, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    rustix::process::fchdir(root.as_fd())?;
+    rustix::process::pivot_root(".", ".")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/")
+}
+
+/// Leaves the capabilities that are needed, for good.
+fn drop_privileges() -> rustix::io::Result<()> {
+    for bit in 0..CAPABILITY_BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        if CAPABILITIES.contains(capability) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            // The kernel knows no more.
+            Err(rustix::io::Errno::INVAL) => break,
+            result => result?,
+        }
+    }
+    let sets = CapabilitySets { effective: CAPABILITIES, permitted: CAPABILITIES, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets)?;
+    rustix::thread::set_no_new_privs(true)
+}
+
+/// Stops mounts from spreading between this mount namespace and the one it is a copy of. Shares that are to follow the host
+/// do so by themselves.
+pub(crate) fn separate_mounts() -> rustix::io::Result<()> {
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+}
