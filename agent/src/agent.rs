@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use isopod_proto::agent::{
     ConfigurePodRequest, CreateContainerRequest, ExecRequest, PidMode, ResolvedUser, SignalRequest, StatsRequest,
-    StatsResponse, UpdateContainerRequest, mount,
+    StatsResponse, UpdateContainerRequest, UpdatePodRequest, mount,
 };
 use isopod_proto::{ErrorKind, ObjectId};
 use parking_lot::Mutex;
 
+use crate::cgroup::Cgroup;
 use crate::container::{self, Container, Parts};
 use crate::disk::{DiskSource, Disks};
 use crate::error::{Context as _, Error, Result};
@@ -41,6 +42,8 @@ pub struct Agent {
     configured: Mutex<Configured>,
     containers: Table<Container>,
     processes: Table<Process>,
+    /// CPU time of the whole pod.
+    cpu_rate: Arc<stats::CpuRate>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +67,7 @@ impl Agent {
             configured: Mutex::new(Configured::No),
             containers: Mutex::default(),
             processes: Mutex::default(),
+            cpu_rate: Arc::default(),
         })
     }
 
@@ -260,7 +264,14 @@ impl Agent {
     pub async fn update_container(&self, request: &UpdateContainerRequest) -> Result<()> {
         let container = self.container(&request.id)?;
         let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
-        blocking(move || container.cgroup.apply(&settings)).await
+        blocking(move || container.cgroup.update(&settings)).await
+    }
+
+    /// Changes the limits of all containers together.
+    pub async fn update_pod(&self, request: &UpdatePodRequest) -> Result<()> {
+        let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
+        let path = self.layout.cgroup_parent().to_owned();
+        blocking(move || Cgroup::open(path)?.update(&settings)).await
     }
 
     /// Counters of the guest and of the named containers, or of all.
@@ -274,8 +285,10 @@ impl Agent {
         } else {
             request.container_ids.iter().map(|id| self.container(id)).collect::<Result<_>>()?
         };
-        let layout = self.layout.clone();
-        blocking(move || Ok(stats::collect(&layout, &containers))).await
+        let (layout, rate, descriptors) = (self.layout.clone(), Arc::clone(&self.cpu_rate), request.descriptors);
+        let wanted =
+            move || stats::collect(&layout, &stats::Wanted { containers: &containers, descriptors, pod_rate: &rate });
+        blocking(move || Ok(wanted())).await
     }
 
     /// Ends every container, for the guest's end.

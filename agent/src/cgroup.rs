@@ -1,7 +1,7 @@
 //! cgroup v2 of a container (Documentation/admin-guide/cgroup-v2.rst of the kernel).
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,6 +13,9 @@ use crate::error::{Context as _, Error, Result};
 
 /// How long the processes of a killed cgroup may take to be gone.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often memory is reclaimed for a lower limit before that is refused.
+const RECLAIM_TRIES: u32 = 3;
 
 /// A container's cgroup.
 #[derive(Debug)]
@@ -72,7 +75,7 @@ impl Cgroup {
     }
 
     /// The number after `key` in a file of "key number" lines.
-    pub fn keyed_number(&self, file: &str, key: &str) -> Option<u64> {
+    fn keyed_number(&self, file: &str, key: &str) -> Option<u64> {
         keyed(&self.read(file).ok()?, key)
     }
 
@@ -87,7 +90,7 @@ impl Cgroup {
         for Setting { file, value, optional } in settings {
             let path = self.path.join(file);
             let before = fs::read_to_string(&path);
-            match fs::write(&path, value) {
+            match write_existing(&path, value) {
                 Ok(()) => old.extend(before.ok().map(|value| (file.as_str(), value))),
                 Err(error) if *optional && error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
@@ -102,6 +105,35 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// As [`Self::apply`], for a cgroup that is in use. The kernel takes a memory limit below what is in use and makes room
+    /// with the OOM killer; here that is an error, and what can be reclaimed is reclaimed first. Blocks.
+    pub fn update(&self, settings: &[Setting]) -> Result<()> {
+        let limit = settings.iter().rev().find(|setting| setting.file == "memory.max");
+        if let Some(limit) = limit.and_then(|setting| setting.value.trim().parse().ok()) {
+            self.make_room(limit)?;
+        }
+        self.apply(settings)
+    }
+
+    /// Reclaims memory until no more than `limit` bytes are in use.
+    fn make_room(&self, limit: u64) -> Result<()> {
+        let used = || self.number("memory.current").unwrap_or(0);
+        for _ in 0..RECLAIM_TRIES {
+            let excess = used().saturating_sub(limit);
+            if excess == 0 {
+                return Ok(());
+            }
+            // It fails if less was to be had, which the next look at what is used tells as well.
+            let _ = fs::write(self.path.join("memory.reclaim"), excess.to_string());
+        }
+        match used() {
+            used if used > limit => {
+                Err(Error::precondition(format!("the memory limit {limit} is below the {used} bytes in use")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Kills every process in it, also those that come to be meanwhile.
@@ -136,6 +168,11 @@ impl Cgroup {
 
 /// How deep a container may nest cgroups for its removal to be tried.
 const MAX_DEPTH: u32 = 64;
+
+/// Writes to a file that is there. The kernel refuses to make one, in words that do not tell that it is missing.
+fn write_existing(path: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).truncate(true).open(path)?.write_all(value.as_bytes())
+}
 
 fn collect_processes(path: &Path, depth: u32, found: &mut Vec<i32>) {
     // What cannot be read has gone, and its processes with it.
@@ -317,5 +354,64 @@ mod tests {
         assert!(swap_text(1, 2).is_err());
         assert_eq!(swap_text(2, 2).unwrap(), "0");
         assert_eq!(swap_text(-1, 2).unwrap(), "max");
+    }
+
+    /// A directory of files stands for the cgroup; nothing in it is reclaimed.
+    fn files(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        let cgroup = Cgroup::open(directory.path().to_owned()).unwrap();
+        (directory, cgroup)
+    }
+
+    #[test]
+    fn a_memory_limit_below_what_is_used_changes_nothing() {
+        let (_directory, cgroup) = files(&[
+            ("memory.current", "5000\n"),
+            ("memory.max", "max"),
+            ("cpu.weight", "100"),
+            ("memory.reclaim", ""),
+        ]);
+        let update = |bytes, shares| {
+            let resources =
+                Resources { memory_limit_bytes: Some(bytes), cpu_shares: Some(shares), ..Resources::default() };
+            cgroup.update(&settings(&resources).unwrap())
+        };
+        let error = update(4096, 1024).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        assert!(error.chain().contains("4096") && error.chain().contains("5000"), "{}", error.chain());
+        assert_eq!(
+            (cgroup.read("memory.max").unwrap(), cgroup.read("cpu.weight").unwrap()),
+            ("max".into(), "100".into())
+        );
+        update(8192, 1024).unwrap();
+        assert_eq!((cgroup.number("memory.max"), cgroup.number("cpu.weight")), (Some(8192), Some(39)));
+        update(-1, 1024).unwrap();
+        assert_eq!(cgroup.read("memory.max").unwrap(), "max");
+    }
+
+    #[test]
+    fn settings_before_a_refused_one_get_their_old_values_back() {
+        let (directory, cgroup) = files(&[("cpu.weight", "100\n"), ("memory.current", "0")]);
+        fs::create_dir(directory.path().join("memory.max")).unwrap();
+        let resources = Resources { cpu_shares: Some(1024), memory_limit_bytes: Some(1 << 20), ..Resources::default() };
+        assert!(cgroup.update(&settings(&resources).unwrap()).is_err());
+        assert_eq!(cgroup.read("cpu.weight").unwrap(), "100");
+    }
+
+    #[test]
+    fn a_file_that_is_missing_is_named_unless_it_may_be() {
+        let (directory, cgroup) = files(&[("memory.max", "max"), ("memory.current", "0")]);
+        // A guest has no swap: its limit has no file, and nothing to limit.
+        let swap =
+            Resources { memory_limit_bytes: Some(4096), memory_swap_limit_bytes: Some(4096), ..Resources::default() };
+        cgroup.apply(&settings(&swap).unwrap()).unwrap();
+        assert!(!directory.path().join("memory.swap.max").exists());
+        let unknown = Resources { unified: [("memory.no".to_owned(), "1".to_owned())].into(), ..Resources::default() };
+        let error = cgroup.apply(&settings(&unknown).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.chain().contains("memory.no"), "{}", error.chain());
     }
 }

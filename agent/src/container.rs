@@ -32,6 +32,7 @@ use crate::launch::{self, Prepared};
 use crate::layout::Layout;
 use crate::process::{Ending, Ends, Process, Streams};
 use crate::reaper::Reaper;
+use crate::stats::CpuRate;
 use crate::stub::message::{Descriptor, Device, Launch, Role};
 use crate::user_namespace::UserNamespace;
 use crate::users;
@@ -44,6 +45,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Its cgroup.
     pub cgroup: Arc<Cgroup>,
+    /// Its CPU time.
+    pub cpu_rate: CpuRate,
     root: OwnedFd,
     user_namespace: Option<Arc<UserNamespace>>,
     stage: Mutex<Stage>,
@@ -133,7 +136,7 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
     let user = ResolvedUser { uid: identity.uid, gid: identity.gid, supplemental_groups: identity.groups };
     let stage = Mutex::new(Stage::Created(prepared));
     let (id, user_namespace) = (request.id.clone(), user_namespace.clone());
-    Ok((Arc::new(Container { id, init, cgroup, root, user_namespace, stage }), user))
+    Ok((Arc::new(Container { id, init, cgroup, root, user_namespace, cpu_rate: CpuRate::default(), stage }), user))
 }
 
 /// Starts a stub with its standard streams.

@@ -11,7 +11,8 @@ use isopod_proto::agent::{
     ExecRequest, ExecResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveProcessRequest,
     RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, ShutdownRequest, ShutdownResponse,
     SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse,
-    UpdateContainerRequest, UpdateContainerResponse, WaitProcessRequest, WaitProcessResponse,
+    UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use tokio::sync::Notify;
 use tonic::{Code, Request, Response, Status};
@@ -138,6 +139,11 @@ impl Service for Rpc {
         let request = request.into_inner();
         self.run(|agent| async move { agent.update_container(&request).await.map(|()| UpdateContainerResponse {}) })
             .await
+    }
+
+    async fn update_pod(&self, request: Request<UpdatePodRequest>) -> Answer<UpdatePodResponse> {
+        let request = request.into_inner();
+        self.run(|agent| async move { agent.update_pod(&request).await.map(|()| UpdatePodResponse {}) }).await
     }
 
     async fn stats(&self, request: Request<StatsRequest>) -> Answer<StatsResponse> {

@@ -1,51 +1,90 @@
 //! Counters of the guest and its containers. What the kernel does not give is absent.
 
+mod counters;
+mod descriptors;
+mod rate;
+mod text;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use isopod_proto::agent::{ContainerStats, InterfaceStats, StatsResponse};
+use isopod_proto::agent::{ContainerStats, FilesystemStats, StatsResponse};
 
+use crate::cgroup::Cgroup;
 use crate::container::Container;
 use crate::layout::Layout;
 use crate::reaper::realtime_nanos;
+
+pub use rate::CpuRate;
 
 /// Most entries of a writable layer that are counted; a larger one has no size here.
 const MAX_ENTRIES: u64 = 200_000;
 /// How deep directories of a writable layer are followed.
 const MAX_DEPTH: usize = 256;
 
+/// What is to be read.
+pub struct Wanted<'a> {
+    /// Of these containers.
+    pub containers: &'a [Arc<Container>],
+    /// Whether to count descriptors.
+    pub descriptors: bool,
+    /// The pod's CPU time so far.
+    pub pod_rate: &'a CpuRate,
+}
+
 /// Everything at once. Blocks.
-pub fn collect(layout: &Layout, containers: &[Arc<Container>]) -> StatsResponse {
-    let memory = Memory::read();
+pub fn collect(layout: &Layout, wanted: &Wanted<'_>) -> StatsResponse {
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let swapless = text::meminfo(&memory, "SwapTotal") == Some(0);
+    let pod = Cgroup::open(layout.cgroup_parent().to_owned()).ok();
+    let containers = wanted.containers.iter();
     StatsResponse {
-        containers: containers.iter().map(|container| container_stats(layout, container)).collect(),
-        interfaces: fs::read_to_string("/proc/net/dev").map(|text| interfaces(&text)).unwrap_or_default(),
-        memory_total_bytes: memory.total,
-        memory_available_bytes: memory.available,
+        containers: containers.map(|container| container_stats(layout, container, wanted, swapless)).collect(),
+        interfaces: fs::read_to_string("/proc/net/dev").map(|text| text::interfaces(&text)).unwrap_or_default(),
+        memory_total_bytes: text::meminfo(&memory, "MemTotal").unwrap_or(0),
+        memory_available_bytes: text::meminfo(&memory, "MemAvailable").unwrap_or(0),
+        timestamp_nanos: realtime_nanos(),
+        pod: pod.map(|cgroup| counters::read(&cgroup, wanted.pod_rate, swapless)),
     }
 }
 
-fn container_stats(layout: &Layout, container: &Container) -> ContainerStats {
+fn container_stats(layout: &Layout, container: &Container, wanted: &Wanted<'_>, swapless: bool) -> ContainerStats {
     let cgroup = &container.cgroup;
-    let memory = |key| cgroup.keyed_number("memory.stat", key);
-    let usage = cgroup.number("memory.current");
-    let inactive = memory("inactive_file");
-    let layer = disk_usage(&layout.container_scratch(&container.id).join("upper"));
+    let scratch = layout.container_scratch(&container.id);
+    let layer = disk_usage(&scratch.join("upper"));
+    let processes = if wanted.descriptors { cgroup.processes() } else { Vec::new() };
+    let descriptors = wanted.descriptors.then(|| descriptors::count(&processes)).flatten();
     ContainerStats {
         id: container.id.clone(),
         timestamp_nanos: realtime_nanos(),
-        cpu_usage_micros: cgroup.keyed_number("cpu.stat", "usage_usec"),
-        memory_usage_bytes: usage,
-        memory_working_set_bytes: usage.zip(inactive).map(|(usage, inactive)| usage.saturating_sub(inactive)),
-        memory_rss_bytes: memory("anon"),
-        page_faults: memory("pgfault"),
-        major_page_faults: memory("pgmajfault"),
         writable_layer_bytes: layer.map(|(bytes, _)| bytes),
         writable_layer_inodes: layer.map(|(_, inodes)| inodes),
-        pids: cgroup.number("pids.current"),
+        cgroup: Some(counters::read(cgroup, &container.cpu_rate, swapless)),
+        file_descriptors: descriptors.map(|descriptors| descriptors.all),
+        sockets: descriptors.map(|descriptors| descriptors.sockets),
+        open_files_soft_limit: processes.iter().min().and_then(|process| open_files_limit(*process)),
+        filesystem: filesystem(&scratch),
     }
+}
+
+/// RLIMIT_NOFILE of a process. A container's oldest, which has the lowest id as ids are far from wrapping, is its first one.
+fn open_files_limit(process: i32) -> Option<u64> {
+    text::open_files_limit(&fs::read_to_string(format!("/proc/{process}/limits")).ok()?)
+}
+
+/// The file system that `path` is on.
+fn filesystem(path: &Path) -> Option<FilesystemStats> {
+    let device = fs::metadata(path).ok()?.dev();
+    let stat = rustix::fs::statvfs(path).ok()?;
+    Some(FilesystemStats {
+        device: counters::device_name(rustix::fs::major(device), rustix::fs::minor(device)),
+        total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+        available_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+        inodes_total: stat.f_files,
+        inodes_free: stat.f_ffree,
+    })
 }
 
 /// Bytes and inodes of a tree, as du(1) counts them. None if it is too large to count, or is not there.
@@ -70,23 +109,6 @@ fn disk_usage(path: &Path) -> Option<(u64, u64)> {
     Some((bytes, inodes))
 }
 
-/// The lines of /proc/net/dev after its two of heading: name, eight counters received, eight sent.
-fn interfaces(text: &str) -> Vec<InterfaceStats> {
-    let line = |line: &str| {
-        let (name, counters) = line.split_once(':')?;
-        let counters: Vec<u64> = counters.split_whitespace().filter_map(|number| number.parse().ok()).collect();
-        let at = |index: usize| counters.get(index).copied();
-        Some(InterfaceStats {
-            name: name.trim().into(),
-            rx_bytes: at(0)?,
-            rx_errors: at(2)?,
-            tx_bytes: at(8)?,
-            tx_errors: at(10)?,
-        })
-    };
-    text.lines().skip(2).filter_map(line).filter(|interface| interface.name != "lo").collect()
-}
-
 /// Memory of the guest, from /proc/meminfo.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
@@ -99,16 +121,8 @@ pub struct Memory {
 impl Memory {
     /// The values now.
     pub fn read() -> Self {
-        Self::parse(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
-    }
-
-    fn parse(text: &str) -> Self {
-        let value = |wanted: &str| -> u64 {
-            let mut lines = text.lines().filter_map(|line| line.split_once(':'));
-            let found = lines.find(|(name, _)| *name == wanted);
-            let kib = found.and_then(|(_, value)| value.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-            kib.unwrap_or(0) * 1024
-        };
+        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let value = |name| text::meminfo(&text, name).unwrap_or(0);
         Self { total: value("MemTotal"), available: value("MemAvailable") }
     }
 }
@@ -118,21 +132,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interface_counters_are_read_by_column() {
-        let text = "Inter-|   Receive |  Transmit\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n\
-                    eth0: 100 2 3 4 5 6 7 8 900 10 11 12 13 14 15 16\nbroken: 1 2\n";
-        let expected =
-            InterfaceStats { name: "eth0".into(), rx_bytes: 100, rx_errors: 3, tx_bytes: 900, tx_errors: 11 };
-        assert_eq!(interfaces(text), [expected]);
-    }
-
-    #[test]
-    fn meminfo_is_in_bytes() {
-        let memory = Memory::parse("MemTotal:        1024 kB\nMemFree: 1 kB\nMemAvailable:   512 kB\n");
-        assert_eq!(memory, Memory { total: 1 << 20, available: 1 << 19 });
-    }
-
-    #[test]
     fn a_tree_is_counted_with_its_root() {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("a")).unwrap();
@@ -140,5 +139,14 @@ mod tests {
         let (bytes, inodes) = disk_usage(directory.path()).unwrap();
         assert!(bytes >= 10_000 && inodes == 3);
         assert_eq!(disk_usage(&directory.path().join("missing")), None);
+    }
+
+    #[test]
+    fn a_file_system_is_told_with_its_size() {
+        let directory = tempfile::tempdir().unwrap();
+        let found = filesystem(directory.path()).unwrap();
+        assert!(found.total_bytes >= found.available_bytes && found.inodes_total >= found.inodes_free);
+        assert!(found.total_bytes > 0);
+        assert_eq!(filesystem(&directory.path().join("missing")), None);
     }
 }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::cri;
 
 pub use process::{create_request, exec_process};
-pub use resources::to_guest as guest_resources;
+pub use resources::{explicit as explicit_resources, merged as merged_resources, to_guest as guest_resources};
 pub use seccomp::{Filter, filter as seccomp_filter};
 pub use signal::stop_signal;
 pub use supported::{check, check_sandbox};
@@ -179,6 +179,24 @@ impl ContainerRecord {
     pub fn disks(&self) -> impl Iterator<Item = DiskId> {
         let volumes = self.volume_disks.iter().filter_map(|id| DiskId::parse(id).ok());
         std::iter::once(self.disk()).chain(volumes)
+    }
+
+    #[cfg(test)]
+    pub fn for_tests(id: ObjectId, sandbox: ObjectId) -> Self {
+        Self {
+            id,
+            sandbox,
+            config: cri::ContainerConfig::default(),
+            image_id: "sha256:00".into(),
+            layers: 1,
+            created_at: 1,
+            state: ContainerState::Created,
+            log_path: None,
+            volume_disks: Vec::new(),
+            stop_signal: 15,
+            user: None,
+            process: Vec::new(),
+        }
     }
 }
 

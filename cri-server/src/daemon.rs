@@ -82,6 +82,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // As above.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stopping.cancel();
+    runtime.context().index.events().close();
     let _ = std::fs::remove_file(&socket); // A later daemon removes it as well.
     if tokio::time::timeout(DRAIN, server).await.is_err() {
         tracing::warn!("requests were cut off");

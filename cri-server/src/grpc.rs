@@ -1,7 +1,10 @@
 //! The CRI services: thin handlers between the wire and the rest of the daemon.
 
 mod convert;
+mod counters;
 mod image;
+mod info;
+mod metrics;
 mod runtime;
 pub mod status;
 

@@ -16,6 +16,7 @@ pub mod container;
 pub mod context;
 pub mod cri;
 pub mod daemon;
+pub mod events;
 pub mod grpc;
 pub mod guest;
 pub mod index;

@@ -134,6 +134,7 @@ impl Runtime {
                         network: None,
                         cgroup: None,
                         file_server: None,
+                        size: None,
                     };
                     self.inner.tasks.spawn(Arc::clone(&self.inner).bring_up(record));
                 }

@@ -21,6 +21,7 @@ mod ending;
 pub mod exec;
 mod monitor;
 mod operations;
+pub mod update;
 mod volumes;
 
 use std::path::PathBuf;
@@ -77,6 +78,9 @@ pub struct SandboxRecord {
     /// Its file server, once something was shared with it.
     #[serde(default)]
     pub file_server: Option<crate::volume::server::FileServerRecord>,
+    /// How large its VM was made; a VM does not grow.
+    #[serde(default)]
+    pub size: Option<size::Size>,
 }
 
 impl SandboxRecord {
@@ -111,6 +115,7 @@ impl SandboxRecord {
             network: None,
             cgroup: None,
             file_server: None,
+            size: None,
         }
     }
 }
@@ -227,6 +232,16 @@ pub enum SandboxError {
         /// At what.
         doing: &'static str,
     },
+    /// It needs a larger VM.
+    #[error("{field}: {wanted} is more than the sandbox's VM has, {has}, and a VM that runs does not grow")]
+    BeyondVm {
+        /// Which limit, as CRI names it.
+        field: &'static str,
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        has: String,
+    },
     /// The same error, for several who asked for the same.
     #[error(transparent)]
     Shared(std::sync::Arc<SandboxError>),
@@ -240,7 +255,7 @@ impl SandboxError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Spec(error) => error.kind(),
-            Self::Denied { .. } => ErrorKind::FailedPrecondition,
+            Self::Denied { .. } | Self::BeyondVm { .. } => ErrorKind::FailedPrecondition,
             Self::Reserved { .. } => ErrorKind::AlreadyExists,
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::BringUp(error) => error.kind(),

@@ -43,9 +43,77 @@ pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, Spec
     })
 }
 
+/// `old` with everything that `update` gives; 0 and empty in CRI mean "as it is". `oom_score_adj` is the process's, given at its
+/// start, and stays.
+pub fn merged(
+    old: &cri::LinuxContainerResources,
+    update: &cri::LinuxContainerResources,
+) -> cri::LinuxContainerResources {
+    let cri::LinuxContainerResources {
+        cpu_period,
+        cpu_quota,
+        cpu_shares,
+        memory_limit_in_bytes,
+        oom_score_adj: _,
+        cpuset_cpus,
+        cpuset_mems,
+        hugepage_limits,
+        unified,
+        memory_swap_limit_in_bytes,
+    } = update.clone();
+    let number = |old: i64, new: i64| if new == 0 { old } else { new };
+    let text = |old: &String, new: String| if new.is_empty() { old.clone() } else { new };
+    cri::LinuxContainerResources {
+        cpu_period: number(old.cpu_period, cpu_period),
+        cpu_quota: number(old.cpu_quota, cpu_quota),
+        cpu_shares: number(old.cpu_shares, cpu_shares),
+        memory_limit_in_bytes: number(old.memory_limit_in_bytes, memory_limit_in_bytes),
+        oom_score_adj: old.oom_score_adj,
+        cpuset_cpus: text(&old.cpuset_cpus, cpuset_cpus),
+        cpuset_mems: text(&old.cpuset_mems, cpuset_mems),
+        hugepage_limits: if hugepage_limits.is_empty() { old.hugepage_limits.clone() } else { hugepage_limits },
+        unified: old.unified.clone().into_iter().chain(unified).collect(),
+        memory_swap_limit_in_bytes: number(old.memory_swap_limit_in_bytes, memory_swap_limit_in_bytes),
+    }
+}
+
+/// `limits` with "no limit" said in so many words, to get back to them from others.
+pub fn explicit(limits: &cri::LinuxContainerResources) -> cri::LinuxContainerResources {
+    let number = |value: i64, default: i64| if value == 0 { default } else { value };
+    cri::LinuxContainerResources {
+        cpu_period: number(limits.cpu_period, 100_000),
+        cpu_quota: number(limits.cpu_quota, -1),
+        memory_limit_in_bytes: number(limits.memory_limit_in_bytes, -1),
+        memory_swap_limit_in_bytes: number(limits.memory_swap_limit_in_bytes, -1),
+        ..limits.clone()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_update_changes_what_it_gives_and_nothing_else() {
+        let old = cri::LinuxContainerResources {
+            cpu_shares: 512,
+            memory_limit_in_bytes: 1 << 20,
+            oom_score_adj: 7,
+            unified: [("memory.low".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        assert_eq!(merged(&old, &cri::LinuxContainerResources::default()), old);
+        let update = cri::LinuxContainerResources {
+            cpu_quota: -1,
+            memory_limit_in_bytes: 2 << 20,
+            oom_score_adj: 9,
+            unified: [("memory.high".to_owned(), "2".to_owned())].into(),
+            ..Default::default()
+        };
+        let new = merged(&old, &update);
+        assert_eq!((new.cpu_shares, new.cpu_quota, new.memory_limit_in_bytes), (512, -1, 2 << 20));
+        assert_eq!((new.oom_score_adj, new.unified.len()), (7, 2));
+    }
 
     #[test]
     fn zero_is_no_limit() {

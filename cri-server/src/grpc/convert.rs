@@ -1,10 +1,6 @@
 //! Records as CRI shows them, and CRI's filters over them.
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::Arc;
-
-use isopod_proto::agent;
 
 use crate::container::{ContainerRecord, ContainerState};
 use crate::cri;
@@ -65,17 +61,6 @@ pub fn sandbox_status(record: &SandboxRecord) -> cri::PodSandboxStatus {
     }
 }
 
-/// What `crictl inspectp` shows besides.
-pub fn sandbox_info(record: &SandboxRecord) -> HashMap<String, String> {
-    let info = serde_json::json!({
-        "pid": record.vm.map(|vm| vm.pid),
-        "config": record.config,
-        "cgroup": record.cgroup,
-        "runtimeHandler": record.runtime_handler,
-    });
-    [("info".to_owned(), info.to_string())].into()
-}
-
 /// The image as the container's creator named it.
 fn image(record: &ContainerRecord) -> cri::ImageSpec {
     record.config.image.clone().unwrap_or_default()
@@ -134,16 +119,6 @@ pub fn container_status(record: &ContainerRecord) -> cri::ContainerStatus {
     }
 }
 
-/// What `crictl inspect` shows besides.
-pub fn container_info(record: &ContainerRecord) -> HashMap<String, String> {
-    let info = serde_json::json!({
-        "sandboxID": record.sandbox.as_str(),
-        "config": record.config,
-        "imageLayers": record.layers,
-    });
-    [("info".to_owned(), info.to_string())].into()
-}
-
 /// The reply to ExecSync, within the size of a message.
 pub fn exec_reply(outcome: Outcome) -> cri::ExecSyncResponse {
     let Outcome { mut stdout, mut stderr, exit_code } = outcome;
@@ -160,61 +135,6 @@ pub fn exec_reply(outcome: Outcome) -> cri::ExecSyncResponse {
     cri::ExecSyncResponse { stdout, stderr, exit_code }
 }
 
-/// A container of which there are no counters.
-pub fn without_counters(record: &ContainerRecord) -> cri::ContainerStats {
-    cri::ContainerStats {
-        attributes: Some(cri::ContainerAttributes {
-            id: record.id.to_string(),
-            metadata: record.config.metadata.clone(),
-            labels: record.config.labels.clone(),
-            annotations: record.config.annotations.clone(),
-        }),
-        ..Default::default()
-    }
-}
-
-/// The counters of `records` out of a guest's. Scratch disks are below `root`.
-pub fn stats(records: &[Arc<ContainerRecord>], stats: &agent::StatsResponse, root: &Path) -> Vec<cri::ContainerStats> {
-    let of = |record: &Arc<ContainerRecord>| {
-        let counters = stats.containers.iter().find(|counters| counters.id == record.id.as_str())?;
-        Some(container_stats(record, counters, root))
-    };
-    records.iter().filter_map(of).collect()
-}
-
-fn container_stats(record: &ContainerRecord, counters: &agent::ContainerStats, root: &Path) -> cri::ContainerStats {
-    let timestamp = counters.timestamp_nanos;
-    let value = |value: Option<u64>| value.map(|value| cri::UInt64Value { value });
-    let cpu = cri::CpuUsage {
-        timestamp,
-        usage_core_nano_seconds: value(counters.cpu_usage_micros.map(|micros| micros.saturating_mul(1000))),
-        usage_nano_cores: None,
-        psi: None,
-    };
-    let memory = cri::MemoryUsage {
-        timestamp,
-        working_set_bytes: value(counters.memory_working_set_bytes),
-        available_bytes: None,
-        usage_bytes: value(counters.memory_usage_bytes),
-        rss_bytes: value(counters.memory_rss_bytes),
-        page_faults: value(counters.page_faults),
-        major_page_faults: value(counters.major_page_faults),
-        psi: None,
-    };
-    let writable_layer = cri::FilesystemUsage {
-        timestamp,
-        fs_id: Some(cri::FilesystemIdentifier { mountpoint: root.display().to_string() }),
-        used_bytes: value(counters.writable_layer_bytes),
-        inodes_used: value(counters.writable_layer_inodes),
-    };
-    cri::ContainerStats {
-        cpu: Some(cpu),
-        memory: Some(memory),
-        writable_layer: Some(writable_layer),
-        ..without_counters(record)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use isopod_proto::ObjectId;
@@ -223,24 +143,12 @@ mod tests {
     use crate::container::reason;
 
     fn container() -> ContainerRecord {
-        ContainerRecord {
-            id: ObjectId::from_random([0xab; 32]),
-            sandbox: ObjectId::from_random([0xcd; 32]),
-            config: cri::ContainerConfig {
-                labels: [("app".to_owned(), "web".to_owned())].into(),
-                image: Some(cri::ImageSpec { image: "sha256:00".into(), ..Default::default() }),
-                ..Default::default()
-            },
-            image_id: "sha256:00".into(),
-            layers: 1,
-            created_at: 1,
-            state: ContainerState::Running { started_at: 5 },
-            log_path: None,
-            volume_disks: Vec::new(),
-            stop_signal: 15,
-            user: None,
-            process: Vec::new(),
-        }
+        let mut record =
+            ContainerRecord::for_tests(ObjectId::from_random([0xab; 32]), ObjectId::from_random([0xcd; 32]));
+        record.config.labels.insert("app".into(), "web".into());
+        record.config.image = Some(cri::ImageSpec { image: "sha256:00".into(), ..Default::default() });
+        record.state = ContainerState::Running { started_at: 5 };
+        record
     }
 
     #[test]
@@ -286,21 +194,6 @@ mod tests {
         assert_eq!(status.state(), cri::ContainerState::ContainerExited);
         assert_eq!((status.exit_code, status.started_at, status.finished_at), (137, 5, 9));
         assert_eq!(status.reason, reason::OOM_KILLED);
-    }
-
-    #[test]
-    fn what_the_guest_does_not_know_is_absent_and_not_zero() {
-        let record = Arc::new(container());
-        let counters = agent::ContainerStats {
-            id: record.id.to_string(),
-            timestamp_nanos: 7,
-            cpu_usage_micros: Some(3),
-            ..Default::default()
-        };
-        let guest = agent::StatsResponse { containers: vec![counters], ..Default::default() };
-        let shown = stats(&[record], &guest, Path::new("/x")).pop().expect("one");
-        assert_eq!(shown.cpu.expect("given").usage_core_nano_seconds, Some(cri::UInt64Value { value: 3000 }));
-        assert_eq!(shown.memory.expect("given").working_set_bytes, None);
     }
 
     #[test]

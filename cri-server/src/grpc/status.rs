@@ -31,6 +31,7 @@ failures!(
     isopod_image_store::AuthError,
     isopod_image_store::ReferenceError,
     crate::container::SpecError,
+    crate::events::Lagged,
     crate::index::LookupError,
     crate::sandbox::SandboxError,
 );

@@ -187,6 +187,7 @@ async fn start_vm(
     let open = |path: &Path| File::open(path).map_err(|source| BringUpError::GuestFile { path: path.into(), source });
     let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
     let size = size::of(record.config.linux.as_ref(), config, host_cpus);
+    record.size = Some(size);
     let spec = VmSpec {
         binary: config.binary.clone(),
         directory: directory.into(),

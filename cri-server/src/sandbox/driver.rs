@@ -19,6 +19,7 @@ use super::admission::{self, Admission, Request};
 use super::bring_up::{Up, bring_up};
 use super::exec::Outcome;
 use super::monitor::{self, End};
+use super::update::{ContainerUpdate, PodUpdate};
 use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
 use crate::container::log::ContainerLog;
 use crate::container::{ContainerRecord, ContainerState};
@@ -49,8 +50,17 @@ pub enum Command {
     ReopenLog(ObjectId, Reply<()>),
     /// ExecSync: the command and its limit.
     Exec(ObjectId, Vec<String>, Option<Duration>, Reply<Outcome>),
+    /// UpdateContainerResources.
+    UpdateContainer(ObjectId, Box<ContainerUpdate>, Reply<()>),
+    /// UpdatePodSandboxResources.
+    UpdatePod(Box<PodUpdate>, Reply<()>),
     /// The guest's counters.
-    Stats(Reply<StatsResponse>),
+    Stats {
+        /// Whether descriptors are to be counted.
+        descriptors: bool,
+        /// Where the answer goes.
+        reply: Reply<StatsResponse>,
+    },
 }
 
 impl Command {
@@ -290,7 +300,15 @@ impl Driver {
                 let _ = reply.send(self.reopen_log(&id));
             }
             Command::Exec(id, command, limit, reply) => self.exec(&id, command, limit, reply),
-            Command::Stats(reply) => self.stats(reply),
+            Command::UpdateContainer(id, update, reply) => {
+                let result = self.update_container(&id, &update).await;
+                let _ = reply.send(result);
+            }
+            Command::UpdatePod(update, reply) => {
+                let result = self.update_pod(&update).await;
+                let _ = reply.send(result);
+            }
+            Command::Stats { descriptors, reply } => self.stats(descriptors, reply),
         }
         false
     }
@@ -382,7 +400,7 @@ impl Driver {
         Ok(log)
     }
 
-    fn stats(&mut self, reply: Reply<StatsResponse>) {
+    fn stats(&mut self, descriptors: bool, reply: Reply<StatsResponse>) {
         let up = match self.up() {
             Ok(up) => up.clone(),
             Err(error) => {
@@ -392,7 +410,7 @@ impl Driver {
         };
         self.tasks.spawn(async move {
             let mut client = up.guest.client();
-            let answer = client.stats(StatsRequest { container_ids: Vec::new() });
+            let answer = client.stats(StatsRequest { container_ids: Vec::new(), descriptors });
             let failed = |source: GuestError| SandboxError::Guest { doing: "cannot read the counters", source };
             let _ = reply.send(Guest::call("Stats", SHORT, answer).await.map_err(failed)); // As above.
         });

@@ -1,5 +1,7 @@
 //! How large a sandbox's VM is.
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::VmmConfig;
 use crate::cri;
 
@@ -12,7 +14,7 @@ const LEAST: u64 = 128 * MIB;
 const STEP: u64 = 2 * MIB;
 
 /// A VM's size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// 1 to 64.
     pub vcpus: u32,

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod containers;
+mod events;
 mod exec;
 mod guest;
 mod host;
@@ -18,4 +19,6 @@ mod pods;
 mod processes;
 mod restart;
 mod security;
+mod stats;
+mod update;
 mod volumes;

@@ -7,7 +7,7 @@ use tonic::Status;
 
 use super::{Sandboxes, failed, gone_is_fine, limit};
 use crate::cri;
-use crate::grpc::{Batches, batches, convert, observe, status};
+use crate::grpc::{Batches, batches, convert, info, observe, status};
 use crate::sandbox::driver::Command;
 
 impl Sandboxes {
@@ -96,7 +96,12 @@ impl Sandboxes {
         request: cri::ContainerStatusRequest,
     ) -> Result<cri::ContainerStatusResponse, Status> {
         let record = self.runtime.context().index.container(&request.container_id).map_err(failed)?;
-        let info = if request.verbose { convert::container_info(&record) } else { HashMap::new() };
+        let info = if request.verbose {
+            let sandbox = self.runtime.context().index.sandbox(record.sandbox.as_str()).ok();
+            info::of_container(&record, sandbox.as_deref())
+        } else {
+            HashMap::new()
+        };
         Ok(cri::ContainerStatusResponse { status: Some(convert::container_status(&record)), info })
     }
 
@@ -119,7 +124,7 @@ impl Sandboxes {
         &self,
         _: cri::CheckpointContainerRequest,
     ) -> Result<cri::CheckpointContainerResponse, Status> {
-        Err(status::unimplemented("CheckpointContainer"))
+        Err(status::unimplemented("CheckpointContainer: there is no checkpoint of one container of a VM"))
     }
 
     fn container_list(&self, filter: Option<cri::ContainerFilter>) -> Vec<cri::Container> {

@@ -4,7 +4,7 @@ use tonic::Status;
 
 use super::Sandboxes;
 use crate::cri;
-use crate::grpc::{Batches, status};
+use crate::grpc::{Batches, batches, metrics};
 
 impl Sandboxes {
     /// ListMetricDescriptors.
@@ -12,7 +12,7 @@ impl Sandboxes {
         &self,
         _: cri::ListMetricDescriptorsRequest,
     ) -> Result<cri::ListMetricDescriptorsResponse, Status> {
-        Err(status::unimplemented("ListMetricDescriptors"))
+        Ok(cri::ListMetricDescriptorsResponse { descriptors: metrics::descriptors() })
     }
 
     /// ListPodSandboxMetrics.
@@ -20,7 +20,7 @@ impl Sandboxes {
         &self,
         _: cri::ListPodSandboxMetricsRequest,
     ) -> Result<cri::ListPodSandboxMetricsResponse, Status> {
-        Err(status::unimplemented("ListPodSandboxMetrics"))
+        Ok(cri::ListPodSandboxMetricsResponse { pod_metrics: self.pod_metrics().await })
     }
 
     /// StreamPodSandboxMetrics.
@@ -28,6 +28,15 @@ impl Sandboxes {
         &self,
         _: cri::StreamPodSandboxMetricsRequest,
     ) -> Result<Batches<cri::StreamPodSandboxMetricsResponse>, Status> {
-        Err(status::unimplemented("StreamPodSandboxMetrics"))
+        let list = self.pod_metrics().await;
+        let message = |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics };
+        Ok(batches(list, message))
+    }
+
+    async fn pod_metrics(&self) -> Vec<cri::PodSandboxMetrics> {
+        let pods = self.ready(|_| true);
+        let guests = self.all_counters(pods.keys(), true).await;
+        let of = |(id, guest)| Some(metrics::of_pod(pods.get(&id)?, &self.running(&id), &guest));
+        guests.into_iter().filter_map(of).collect()
     }
 }

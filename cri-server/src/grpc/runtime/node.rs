@@ -7,7 +7,7 @@ use tonic::Status;
 use super::{Sandboxes, features};
 use crate::check::{self, Finding};
 use crate::cri;
-use crate::grpc::status;
+use crate::grpc::info;
 
 /// Version of the kubelet's runtime API; the kubelet insists on it (cri.md 1.1).
 const KUBELET_API_VERSION: &str = "0.1.0";
@@ -44,12 +44,7 @@ impl Sandboxes {
             network.message = problem.message;
         }
         let conditions = vec![condition("RuntimeReady", false, "HostNotReady"), network];
-        let mut info = HashMap::new();
-        if request.verbose {
-            let config = serde_json::to_string(&self.runtime.context().config)
-                .map_err(|_| status::internal("the configuration is not JSON"))?;
-            info.insert("config".to_owned(), config);
-        }
+        let info = if request.verbose { info::of_node(&self.runtime.context().config) } else { HashMap::new() };
         Ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus { conditions }),
             info,

@@ -6,8 +6,9 @@ use tonic::Status;
 
 use super::{Sandboxes, failed, gone_is_fine};
 use crate::cri;
-use crate::grpc::{Batches, batches, convert, observe, status};
+use crate::grpc::{Batches, batches, convert, info, observe, status};
 use crate::sandbox::driver::Command;
+use crate::sandbox::now;
 
 impl Sandboxes {
     /// RunPodSandbox.
@@ -59,9 +60,17 @@ impl Sandboxes {
         &self,
         request: cri::PodSandboxStatusRequest,
     ) -> Result<cri::PodSandboxStatusResponse, Status> {
-        let record = self.runtime.context().index.sandbox(&request.pod_sandbox_id).map_err(failed)?;
-        let info = if request.verbose { convert::sandbox_info(&record) } else { HashMap::new() };
-        Ok(cri::PodSandboxStatusResponse { status: Some(convert::sandbox_status(&record)), info, ..Default::default() })
+        let context = self.runtime.context();
+        let record = context.index.sandbox(&request.pod_sandbox_id).map_err(failed)?;
+        let timestamp = now();
+        let containers = context.index.containers_of(&record.id);
+        let info = if request.verbose { info::of_sandbox(context, &record) } else { HashMap::new() };
+        Ok(cri::PodSandboxStatusResponse {
+            status: Some(convert::sandbox_status(&record)),
+            info,
+            containers_statuses: containers.iter().map(|container| convert::container_status(container)).collect(),
+            timestamp,
+        })
     }
 
     /// ListPodSandbox.

@@ -1,15 +1,22 @@
 //! Counters of containers and sandboxes, as the guests know them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 use isopod_proto::ObjectId;
+use isopod_proto::agent::StatsResponse;
 use tonic::Status;
 
 use super::{Sandboxes, failed};
-use crate::container::ContainerState;
+use crate::container::{ContainerRecord, ContainerState};
 use crate::cri;
-use crate::grpc::{Batches, batches, convert, status};
+use crate::grpc::{Batches, batches, convert, counters, status};
 use crate::sandbox::driver::Command;
+use crate::sandbox::{SandboxError, SandboxPhase, SandboxRecord};
+
+/// How long a guest may take, with all that its sandbox has to do before. The kubelet asks every ten seconds.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 impl Sandboxes {
     /// ContainerStats.
@@ -17,11 +24,15 @@ impl Sandboxes {
         &self,
         request: cri::ContainerStatsRequest,
     ) -> Result<cri::ContainerStatsResponse, Status> {
-        let record = self.runtime.context().index.container(&request.container_id).map_err(failed)?;
-        let filter = cri::ContainerStatsFilter { id: record.id.to_string(), ..Default::default() };
-        let stats = self.stats(Some(filter)).await.pop();
-        let attributes = || convert::without_counters(&record);
-        Ok(cri::ContainerStatsResponse { stats: Some(stats.unwrap_or_else(attributes)) })
+        let context = self.runtime.context();
+        let record = context.index.container(&request.container_id).map_err(failed)?;
+        let stats = if is_running(&record) {
+            let guest = self.guest_counters(&record.sandbox, false).await.map_err(failed)?;
+            counters::containers(std::slice::from_ref(&record), &guest, &context.config.root).pop()
+        } else {
+            None
+        };
+        Ok(cri::ContainerStatsResponse { stats: Some(stats.unwrap_or_else(|| counters::without_counters(&record))) })
     }
 
     /// ListContainerStats.
@@ -45,28 +56,32 @@ impl Sandboxes {
     /// PodSandboxStats.
     pub(super) async fn pod_sandbox_stats(
         &self,
-        _: cri::PodSandboxStatsRequest,
+        request: cri::PodSandboxStatsRequest,
     ) -> Result<cri::PodSandboxStatsResponse, Status> {
-        Err(status::unimplemented("PodSandboxStats"))
+        let record = self.runtime.context().index.sandbox(&request.pod_sandbox_id).map_err(failed)?;
+        let guest = self.guest_counters(&record.id, false).await.map_err(failed)?;
+        Ok(cri::PodSandboxStatsResponse { stats: Some(self.pod(&record, &guest)) })
     }
 
     /// ListPodSandboxStats.
     pub(super) async fn list_pod_sandbox_stats(
         &self,
-        _: cri::ListPodSandboxStatsRequest,
+        request: cri::ListPodSandboxStatsRequest,
     ) -> Result<cri::ListPodSandboxStatsResponse, Status> {
-        Err(status::unimplemented("ListPodSandboxStats"))
+        Ok(cri::ListPodSandboxStatsResponse { stats: self.pod_stats(request.filter).await })
     }
 
     /// StreamPodSandboxStats.
     pub(super) async fn stream_pod_sandbox_stats(
         &self,
-        _: cri::StreamPodSandboxStatsRequest,
+        request: cri::StreamPodSandboxStatsRequest,
     ) -> Result<Batches<cri::StreamPodSandboxStatsResponse>, Status> {
-        Err(status::unimplemented("StreamPodSandboxStats"))
+        let list = self.pod_stats(request.filter).await;
+        let message = |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats };
+        Ok(batches(list, message))
     }
 
-    /// The counters of the containers in `filter` that run. A guest that does not answer is left out with a warning.
+    /// The statistics of the containers in `filter` that run.
     async fn stats(&self, filter: Option<cri::ContainerStatsFilter>) -> Vec<cri::ContainerStats> {
         let filter = filter.unwrap_or_default();
         let wanted = cri::ContainerFilter {
@@ -78,19 +93,76 @@ impl Sandboxes {
         let context = self.runtime.context();
         let mut by_sandbox: HashMap<ObjectId, Vec<_>> = HashMap::new();
         for record in context.index.containers() {
-            if matches!(record.state, ContainerState::Running { .. }) && convert::container_matches(&record, &wanted) {
+            if is_running(&record) && convert::container_matches(&record, &wanted) {
                 by_sandbox.entry(record.sandbox.clone()).or_default().push(record);
             }
         }
-        let asked = by_sandbox.into_iter().map(|(sandbox, records)| async move {
-            match self.runtime.ask(&sandbox, Command::Stats).await {
-                Ok(stats) => convert::stats(&records, &stats, &context.config.root),
+        let guests = self.all_counters(by_sandbox.keys(), false).await;
+        let of = |(id, guest): (ObjectId, StatsResponse)| {
+            let records = by_sandbox.get(&id).map(Vec::as_slice).unwrap_or_default();
+            counters::containers(records, &guest, &context.config.root)
+        };
+        guests.into_iter().flat_map(of).collect()
+    }
+
+    /// The statistics of the sandboxes in `filter` that run.
+    async fn pod_stats(&self, filter: Option<cri::PodSandboxStatsFilter>) -> Vec<cri::PodSandboxStats> {
+        let filter = filter.unwrap_or_default();
+        let wanted = cri::PodSandboxFilter { id: filter.id, state: None, label_selector: filter.label_selector };
+        let pods = self.ready(|record| convert::sandbox_matches(record, &wanted));
+        let guests = self.all_counters(pods.keys(), false).await;
+        guests.into_iter().filter_map(|(id, guest)| Some(self.pod(pods.get(&id)?, &guest))).collect()
+    }
+
+    fn pod(&self, record: &SandboxRecord, guest: &StatsResponse) -> cri::PodSandboxStats {
+        let context = self.runtime.context();
+        let containers = counters::containers(&self.running(&record.id), guest, &context.config.root);
+        counters::pod(record, guest, containers)
+    }
+
+    /// The sandboxes whose guests run.
+    pub(super) fn ready(&self, wanted: impl Fn(&SandboxRecord) -> bool) -> HashMap<ObjectId, Arc<SandboxRecord>> {
+        let sandboxes = self.runtime.context().index.sandboxes().into_iter();
+        sandboxes
+            .filter(|record| record.phase == SandboxPhase::Ready && wanted(record))
+            .map(|record| (record.id.clone(), record))
+            .collect()
+    }
+
+    /// The containers of a sandbox that run.
+    pub(super) fn running(&self, sandbox: &ObjectId) -> Vec<Arc<ContainerRecord>> {
+        let mut containers = self.runtime.context().index.containers_of(sandbox);
+        containers.retain(|record| is_running(record));
+        containers
+    }
+
+    /// What one guest knows.
+    async fn guest_counters(&self, sandbox: &ObjectId, descriptors: bool) -> Result<StatsResponse, SandboxError> {
+        let asked = self.runtime.ask(sandbox, |reply| Command::Stats { descriptors, reply });
+        let late =
+            |_| SandboxError::Late { what: "an answer of the guest about its counters", seconds: DEADLINE.as_secs() };
+        tokio::time::timeout(DEADLINE, asked).await.map_err(late)?
+    }
+
+    /// What the guests of `sandboxes` know, all asked at once. One that does not answer is left out with a warning.
+    pub(super) async fn all_counters(
+        &self,
+        sandboxes: impl Iterator<Item = &ObjectId>,
+        descriptors: bool,
+    ) -> Vec<(ObjectId, StatsResponse)> {
+        let asked = sandboxes.map(|sandbox| async move {
+            match self.guest_counters(sandbox, descriptors).await {
+                Ok(guest) => Some((sandbox.clone(), guest)),
                 Err(error) => {
                     tracing::warn!(%sandbox, error = status::chain(&error), "no statistics of a sandbox");
-                    Vec::new()
+                    None
                 }
             }
         });
         futures_util::future::join_all(asked).await.into_iter().flatten().collect()
     }
+}
+
+fn is_running(record: &ContainerRecord) -> bool {
+    matches!(record.state, ContainerState::Running { .. })
 }

@@ -2,24 +2,41 @@
 
 use tonic::Status;
 
-use super::Sandboxes;
+use super::{Sandboxes, failed};
 use crate::cri;
-use crate::grpc::status;
+use crate::grpc::observe;
+use crate::sandbox::driver::Command;
+use crate::sandbox::update::{ContainerUpdate, PodUpdate};
 
 impl Sandboxes {
     /// UpdateContainerResources.
     pub(super) async fn update_container_resources(
         &self,
-        _: cri::UpdateContainerResourcesRequest,
+        request: cri::UpdateContainerResourcesRequest,
     ) -> Result<cri::UpdateContainerResourcesResponse, Status> {
-        Err(status::unimplemented("UpdateContainerResources"))
+        let cri::UpdateContainerResourcesRequest { container_id, linux, annotations } = request;
+        observe("UpdateContainerResources", &container_id, async {
+            let (sandbox, container) = self.existing(&container_id)?;
+            let update = Box::new(ContainerUpdate { limits: linux.unwrap_or_default(), annotations });
+            let command = |reply| Command::UpdateContainer(container, update, reply);
+            self.runtime.ask(&sandbox, command).await.map_err(failed)?;
+            Ok(cri::UpdateContainerResourcesResponse {})
+        })
+        .await
     }
 
     /// UpdatePodSandboxResources.
     pub(super) async fn update_pod_sandbox_resources(
         &self,
-        _: cri::UpdatePodSandboxResourcesRequest,
+        request: cri::UpdatePodSandboxResourcesRequest,
     ) -> Result<cri::UpdatePodSandboxResourcesResponse, Status> {
-        Err(status::unimplemented("UpdatePodSandboxResources"))
+        let cri::UpdatePodSandboxResourcesRequest { pod_sandbox_id, overhead, resources } = request;
+        observe("UpdatePodSandboxResources", &pod_sandbox_id, async {
+            let sandbox = self.runtime.context().index.sandbox(&pod_sandbox_id).map_err(failed)?;
+            let update = Box::new(PodUpdate { overhead, resources });
+            self.runtime.ask(&sandbox.id, |reply| Command::UpdatePod(update, reply)).await.map_err(failed)?;
+            Ok(cri::UpdatePodSandboxResourcesResponse {})
+        })
+        .await
     }
 }

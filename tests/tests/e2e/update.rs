@@ -1,0 +1,119 @@
+//! Changes of limits while a container is there.
+
+use anyhow::{Context, ensure};
+use isopod_cri_server::cri;
+use isopod_tests::fixture::{TestContainer, TestPod, shell};
+use tonic::Code;
+
+const MIB: i64 = 1 << 20;
+
+async fn update(pod: &TestPod, id: &str, limits: cri::LinuxContainerResources) -> Result<(), tonic::Status> {
+    let request = cri::UpdateContainerResourcesRequest {
+        container_id: id.to_owned(),
+        linux: Some(limits),
+        annotations: [("updated".to_owned(), "yes".to_owned())].into(),
+    };
+    pod.cri.runtime.clone().update_container_resources(request).await.map(drop)
+}
+
+async fn update_pod(pod: &TestPod, limits: cri::LinuxContainerResources) -> Result<(), tonic::Status> {
+    let request = cri::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.id.clone(),
+        overhead: None,
+        resources: Some(limits),
+    };
+    pod.cri.runtime.clone().update_pod_sandbox_resources(request).await.map(drop)
+}
+
+async fn limits(container: &TestContainer) -> anyhow::Result<cri::LinuxContainerResources> {
+    let resources = container.status().await?.resources.context("no resources")?;
+    resources.linux.context("no limits")
+}
+
+/// The memory and CPU limits that the guest's kernel has for the container.
+async fn in_force(container: &TestContainer) -> anyhow::Result<(String, String)> {
+    let seen = container.sh("cd /sys/fs/cgroup && cat memory.max cpu.max").await?;
+    let (memory, cpu) = seen.trim().split_once('\n').context("two lines")?;
+    Ok((memory.to_owned(), cpu.to_owned()))
+}
+
+fn limits_of(memory: i64, cpu: &str) -> (String, String) {
+    (memory.to_string(), cpu.to_owned())
+}
+
+fn memory(bytes: i64) -> cri::LinuxContainerResources {
+    cri::LinuxContainerResources { memory_limit_in_bytes: bytes, ..Default::default() }
+}
+
+#[tokio::test]
+async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Result<()> {
+    let pod = TestPod::run("update").await?;
+    let mut config = shell("update", "dd if=/dev/zero of=/dev/shm/held bs=1M count=24; echo held; sleep 1000");
+    let asked = cri::LinuxContainerResources { cpu_shares: 512, ..memory(64 * MIB) };
+    config.linux.get_or_insert_default().resources = Some(asked.clone());
+    let container = pod.create(config).await?;
+    ensure!(limits(&container).await? == asked, "what was asked for is shown");
+
+    // Before the start.
+    update(
+        &pod,
+        &container.id,
+        cri::LinuxContainerResources { cpu_quota: 50_000, cpu_period: 100_000, ..memory(80 * MIB) },
+    )
+    .await?;
+    let wanted = cri::LinuxContainerResources {
+        cpu_quota: 50_000,
+        cpu_period: 100_000,
+        ..cri::LinuxContainerResources { memory_limit_in_bytes: 80 * MIB, ..asked.clone() }
+    };
+    ensure!(limits(&container).await? == wanted);
+    container.start().await?;
+    isopod_tests::fixture::eventually("output", std::time::Duration::from_secs(60), async || {
+        container.logs().ok().filter(|lines| lines.iter().any(|line| line.content == b"held"))
+    })
+    .await?;
+    ensure!(in_force(&container).await? == limits_of(80 * MIB, "50000 100000"));
+
+    // While it runs.
+    update(&pod, &container.id, cri::LinuxContainerResources { cpu_quota: 70_000, ..memory(48 * MIB) }).await?;
+    ensure!(in_force(&container).await? == limits_of(48 * MIB, "70000 100000"));
+    ensure!(container.status().await?.annotations.get("updated").is_some_and(|value| value == "yes"));
+
+    // What cannot be changes nothing, not even what could be.
+    let before = limits(&container).await?;
+    let both = |bytes| cri::LinuxContainerResources { cpu_quota: 20_000, ..memory(bytes) };
+    let unified = cri::LinuxContainerResources {
+        unified: [("memory.nonsense".to_owned(), "1".to_owned())].into(),
+        ..both(60 * MIB)
+    };
+    for (bad, code, word) in [
+        (both(16 * MIB), Code::FailedPrecondition, "in use"),
+        (both(64 << 30), Code::FailedPrecondition, "does not grow"),
+        (unified, Code::InvalidArgument, "memory.nonsense"),
+        (
+            cri::LinuxContainerResources { cpuset_cpus: "0".into(), ..both(60 * MIB) },
+            Code::Unimplemented,
+            "cpuset_cpus",
+        ),
+    ] {
+        let error = update(&pod, &container.id, bad).await.err().context("it was accepted")?;
+        ensure!(error.code() == code && error.message().contains(word), "{error:?}");
+    }
+    ensure!(limits(&container).await? == before);
+    ensure!(in_force(&container).await? == limits_of(48 * MIB, "70000 100000"));
+    ensure!(container.status().await?.state() == cri::ContainerState::ContainerRunning, "nobody was killed");
+    let unknown = update(&pod, "nosuch", memory(MIB)).await;
+    ensure!(unknown.err().map(|error| error.code()) == Some(Code::NotFound));
+
+    // The pod: a limit that its VM has is in force, one that it has not is refused.
+    update_pod(&pod, memory(128 * MIB)).await?;
+    let stats = cri::PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+    let stats = pod.cri.runtime.clone().pod_sandbox_stats(stats).await?.into_inner().stats.unwrap_or_default();
+    let memory_of = stats.linux.and_then(|linux| linux.memory).context("no memory")?;
+    let number = |value: Option<cri::UInt64Value>| value.map(|value| value.value).unwrap_or_default();
+    ensure!(number(memory_of.available_bytes) + number(memory_of.working_set_bytes) == 128 << 20, "{memory_of:?}");
+    let error = update_pod(&pod, memory(64 << 30)).await.err().context("it was accepted")?;
+    ensure!(error.code() == Code::FailedPrecondition && error.message().contains("does not grow"), "{error:?}");
+    pod.remove().await?;
+    Ok(())
+}
