@@ -83,7 +83,7 @@ async fn connect(socket: &Path, port: u32) -> std::io::Result<UnixStream> {
 
 async fn output(socket: &Path, process: &str, kind: StreamKind) -> Outcome<Vec<u8>> {
     let mut stream = connect(socket, AGENT_STREAM_PORT).await?;
-    let open = StreamOpen { process_id: process.into(), kind: kind as i32, offset: 0 };
+    let open = StreamOpen { process_id: process.into(), kind: kind as i32, offset: 0, port: 0 };
     stream.write_all(&encode_frame(&open)).await?;
     let mut bytes = Vec::new();
     while decode_frame::<StreamOpened>(&bytes, MAX_STREAM_HEADER)?.is_none() {

@@ -278,7 +278,13 @@ impl Container {
         let (process, ending) =
             Process::new(&request.process_id, &self.id, pidfd, streams, cgroup, self.cgroup.oom_kills());
         follow(&mut prepared, ending, Arc::clone(&self.cgroup), false);
-        prepared.go().inspect_err(|_| {
+        let mut run = || {
+            if wanted.terminal && wanted.terminal_columns != 0 && wanted.terminal_rows != 0 {
+                process.resize(wanted.terminal_columns, wanted.terminal_rows)?;
+            }
+            prepared.go()
+        };
+        run().inspect_err(|_| {
             process.kill();
             process.abandon_output();
         })?;

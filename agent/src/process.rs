@@ -186,7 +186,10 @@ impl Process {
     }
 
     /// Sets the size of its terminal.
-    pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+    pub fn resize(&self, columns: u32, rows: u32) -> Result<()> {
+        let (Ok(columns), Ok(rows)) = (u16::try_from(columns), u16::try_from(rows)) else {
+            return Err(Error::invalid(format!("a terminal cannot be {columns} by {rows}")));
+        };
         let no_terminal = || Error::precondition(format!("process {} has no terminal", self.id));
         let terminal = self.terminal.as_ref().ok_or_else(no_terminal)?;
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };

@@ -126,9 +126,6 @@ impl Service for Rpc {
     async fn resize_terminal(&self, request: Request<ResizeTerminalRequest>) -> Answer<ResizeTerminalResponse> {
         let ResizeTerminalRequest { process_id, columns, rows } = request.into_inner();
         self.run(|agent| async move {
-            let (Ok(columns), Ok(rows)) = (u16::try_from(columns), u16::try_from(rows)) else {
-                return Err(Error::invalid(format!("a terminal cannot be {columns} by {rows}")));
-            };
             agent.process(&process_id)?.resize(columns, rows)?;
             Ok(ResizeTerminalResponse {})
         })

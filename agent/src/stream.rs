@@ -1,6 +1,7 @@
 //! Streams of bytes of a process: what is kept of its output, and its input. See stream.proto for the protocol.
 
 mod connection;
+mod forward;
 mod window;
 
 use std::os::fd::OwnedFd;

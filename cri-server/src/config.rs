@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ pub struct RawConfig {
     pub network: RawNetwork,
     /// Networks by CNI plugins.
     pub cni: RawCni,
+    /// Exec, attach and port-forward.
+    pub streaming: RawStreaming,
 }
 
 /// Section `[vmm]`.
@@ -104,6 +106,18 @@ pub struct RawCni {
     pub deadline_seconds: Option<u64>,
 }
 
+/// Section `[streaming]`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawStreaming {
+    /// Where clients of exec, attach and port-forward connect: an address of the loopback interface.
+    pub address: Option<String>,
+    /// The port; 0 means any.
+    pub port: Option<u16>,
+    /// A client that is silent for so long is disconnected, in seconds.
+    pub idle_timeout_seconds: Option<u64>,
+}
+
 /// The configuration, checked and complete.
 #[derive(Clone, Debug, Serialize)]
 pub struct Config {
@@ -124,6 +138,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// Networks by CNI plugins.
     pub cni: CniConfig,
+    /// Exec, attach and port-forward.
+    pub streaming: StreamingConfig,
 }
 
 /// Settings of the microVMs.
@@ -188,6 +204,15 @@ pub struct CniConfig {
     pub plugin_directories: Vec<PathBuf>,
     /// How long a plugin may take for one command.
     pub deadline: Duration,
+}
+
+/// Settings of the streaming server.
+#[derive(Clone, Debug, Serialize)]
+pub struct StreamingConfig {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Longest silence of a client.
+    pub idle_timeout: Duration,
 }
 
 /// A configuration that cannot be used.
@@ -279,6 +304,7 @@ impl Config {
             images: check_images(raw.images, &mut mistakes),
             network: check_network(raw.network, &mut mistakes),
             cni: check_cni(raw.cni, &mut mistakes),
+            streaming: check_streaming(raw.streaming, &mut mistakes),
         };
         if config.log_level.parse::<tracing_subscriber::EnvFilter>().is_err() {
             mistakes.add("log_level", format!("{:?} is not a filter such as info or isopod=debug", config.log_level));
@@ -387,6 +413,24 @@ fn check_cni(raw: RawCni, mistakes: &mut Mistakes) -> CniConfig {
     }
 }
 
+/// The kubelet is on the same machine, and what it sends and gets is not encrypted: nobody else is to reach it.
+fn check_streaming(raw: RawStreaming, mistakes: &mut Mistakes) -> StreamingConfig {
+    let text = raw.address.unwrap_or_else(|| "127.0.0.1".to_owned());
+    let address = text.parse::<IpAddr>().ok().filter(IpAddr::is_loopback);
+    if address.is_none() {
+        mistakes.add("streaming.address", format!("{text:?} is not an address of the loopback interface"));
+    }
+    StreamingConfig {
+        address: SocketAddr::new(address.unwrap_or(Ipv4Addr::LOCALHOST.into()), raw.port.unwrap_or(0)),
+        idle_timeout: Duration::from_secs(mistakes.within(
+            "streaming.idle_timeout_seconds",
+            raw.idle_timeout_seconds.unwrap_or(4 * 3600),
+            1,
+            7 * 24 * 3600,
+        )),
+    }
+}
+
 fn parse_subnet(text: &str) -> Result<(Ipv4Addr, u8), &'static str> {
     let form = "is not of the form 10.88.0.0/16";
     let (address, prefix) = text.split_once('/').ok_or(form)?;
@@ -482,6 +526,14 @@ mod tests {
         assert!(parse_subnet6("fd00::/113", 16).expect_err("too small").contains("112"));
         for bad in ["fd00::1/64", "10.0.0.0/8", "ff02::/64", "::/64", "fd00::"] {
             assert!(parse_subnet6(bad, 16).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_streaming_server_is_for_this_machine_alone() {
+        assert_eq!(parse("[streaming]\naddress = \"::1\"").expect("valid").streaming.address.to_string(), "[::1]:0");
+        for address in ["0.0.0.0", "192.0.2.1", "localhost"] {
+            assert!(parse(&format!("[streaming]\naddress = {address:?}")).is_err());
         }
     }
 

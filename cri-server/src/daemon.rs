@@ -26,6 +26,7 @@ use crate::network::Network;
 use crate::runtime::Runtime;
 use crate::sandbox::{SandboxRecord, scratch};
 use crate::store::Store;
+use crate::streaming::Streaming;
 
 /// How long requests in flight may take after the daemon is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -46,12 +47,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let stored = store.load()?;
     let images = ImageStore::open(image_config(&config))?;
     let network = Network::new(&config, store.clone());
-    let socket = config.socket.clone();
+    let (socket, streaming) = (config.socket.clone(), config.streaming.clone());
     network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
     let context = Context { config, store, images: images.clone(), network, index: Index::default() };
     let runtime = Runtime::new(Arc::new(context));
     runtime.resume(stored).await;
+    let streaming = Streaming::start(&streaming, runtime.clone())
+        .await
+        .with_context(|| format!("cannot listen on {} for streams", streaming.address))?;
 
     // Last, as whoever finds the socket expects answers.
     let listener = listen(&socket)?;
@@ -59,7 +63,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let server = Server::builder()
         .add_service(
-            RuntimeServiceServer::new(Sandboxes::new(runtime.clone()))
+            RuntimeServiceServer::new(Sandboxes::new(runtime.clone(), streaming.clone()))
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
@@ -87,6 +91,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if tokio::time::timeout(DRAIN, server).await.is_err() {
         tracing::warn!("requests were cut off");
     }
+    streaming.stop(DRAIN).await;
     runtime.drain(DRAIN).await;
     Ok(())
 }

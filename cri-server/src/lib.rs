@@ -26,6 +26,7 @@ mod object_id;
 pub mod runtime;
 pub mod sandbox;
 pub mod store;
+pub mod streaming;
 mod tools;
 pub mod vmm;
 pub mod volume;

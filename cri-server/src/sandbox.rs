@@ -10,6 +10,7 @@
 //! failed start, at a stop, and for what an earlier daemon left.
 
 pub mod admission;
+pub mod attach;
 pub mod bring_up;
 pub mod driver;
 pub mod files;
@@ -242,6 +243,12 @@ pub enum SandboxError {
         /// What there is.
         has: String,
     },
+    /// A client that is attached does not read.
+    #[error("detached, as the client was more than {limit} bytes behind the container's output")]
+    Detached {
+        /// How far it may fall behind.
+        limit: usize,
+    },
     /// The same error, for several who asked for the same.
     #[error(transparent)]
     Shared(std::sync::Arc<SandboxError>),
@@ -268,6 +275,7 @@ impl SandboxError {
             Self::Log(error) => error.kind(),
             Self::Release { .. } => ErrorKind::Internal,
             Self::Late { .. } => ErrorKind::DeadlineExceeded,
+            Self::Detached { .. } => ErrorKind::ResourceExhausted,
             Self::Shared(error) => error.kind(),
             Self::VmEnded { .. } | Self::Ended => ErrorKind::Unavailable,
         }

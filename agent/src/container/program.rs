@@ -22,6 +22,8 @@ pub fn resolve(process: &agent::Process, identity: &Identity) -> Result<Program>
         seccomp_filter,
         oom_score_adj,
         seccomp_flags,
+        terminal_columns: _,
+        terminal_rows: _,
     } = process;
     if args.is_empty() || args[0].is_empty() {
         return Err(Error::invalid("the command is empty"));

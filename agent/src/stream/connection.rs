@@ -8,9 +8,10 @@ use isopod_proto::agent::{StreamKind, StreamOpen, StreamOpened};
 use isopod_proto::{MAX_STREAM_HEADER, decode_frame, encode_frame};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::{Input, OutOfWindow, Output};
+use super::{Input, OutOfWindow, Output, forward};
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
@@ -25,7 +26,11 @@ where
     S: AsyncRead + AsyncWrite + AsFd + Unpin,
 {
     let Ok(Some((open, rest))) = tokio::time::timeout(OPEN_TIMEOUT, read_open(&mut stream)).await else { return };
-    let opened = find(&agent, &open);
+    let opened = if open.kind() == StreamKind::Tcp {
+        forward::connect(open.port).await.map(Opened::Tcp)
+    } else {
+        find(&agent, &open)
+    };
     let error = opened.as_ref().err().map(Error::chain).unwrap_or_default();
     if stream.write_all(&encode_frame(&StreamOpened { error })).await.is_err() {
         return;
@@ -33,6 +38,7 @@ where
     match opened {
         Ok(Opened::Input(input)) => serve_input(&input, stream, rest).await,
         Ok(Opened::Output(output)) => serve_output(&output, stream, open.offset, rest).await,
+        Ok(Opened::Tcp(target)) => forward::relay(stream, &rest, target).await,
         Err(_) => {}
     }
 }
@@ -40,6 +46,7 @@ where
 enum Opened {
     Input(Arc<Input>),
     Output(Arc<Output>),
+    Tcp(TcpStream),
 }
 
 /// The request and the bytes that came after it.
@@ -105,7 +112,7 @@ async fn serve_input<S: AsyncRead + AsyncWrite + AsFd + Unpin>(input: &Input, mu
 }
 
 /// Whether the other side has gone, and not only closed its writing side.
-fn is_hung_up(stream: &impl AsFd) -> bool {
+pub(super) fn is_hung_up(stream: &impl AsFd) -> bool {
     let mut poll = [PollFd::new(stream, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let polled = rustix::event::poll(&mut poll, Some(&now));

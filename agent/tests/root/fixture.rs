@@ -52,6 +52,8 @@ impl Fixture {
         fs::create_dir(&cgroup).unwrap();
         let agent = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--net", "--uts", "--ipc", "--mount-proc", "--kill-child"])
+            // As the agent does at the boot of a guest.
+            .args(["sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
             .arg(env!("CARGO_BIN_EXE_isopod-agent"))
             .arg("--listen-unix")
             .arg(directory.path())
@@ -113,8 +115,19 @@ impl Fixture {
 
     /// A stream connection, or the agent's error.
     pub async fn open(&self, process: &str, kind: StreamKind, offset: u64) -> Result<UnixStream, String> {
+        self.open_with(process, kind, offset, 0).await
+    }
+
+    /// The same with a port.
+    pub async fn open_with(
+        &self,
+        process: &str,
+        kind: StreamKind,
+        offset: u64,
+        port: u32,
+    ) -> Result<UnixStream, String> {
         let mut stream = UnixStream::connect(self.path("stream")).await.unwrap();
-        let open = StreamOpen { process_id: process.into(), kind: kind as i32, offset };
+        let open = StreamOpen { process_id: process.into(), kind: kind as i32, offset, port };
         stream.write_all(&encode_frame(&open)).await.unwrap();
         let mut header = [0; 4];
         within(stream.read_exact(&mut header)).await.unwrap();

@@ -122,3 +122,59 @@ async fn root_output_can_be_opened_again_by_any_user() {
     as_web.process.as_mut().unwrap().user.as_mut().unwrap().user = "web".into();
     assert_eq!(fixture.output_of(as_web).await, "again\n");
 }
+
+/// A connection to a port of the pod.
+async fn forward(fixture: &crate::fixture::Fixture, port: u32) -> Result<tokio::net::UnixStream, String> {
+    fixture.open_with("", StreamKind::Tcp, 0, port).await
+}
+
+#[tokio::test]
+async fn root_a_port_of_the_pod_is_reached_and_halves_close_apart() {
+    let Some(mut fixture) = fixture().await else { return };
+    let id = fixture.run("while true; do nc -l -p 7000 -e /bin/sh -c 'wc -c; echo after'; done").await;
+    let mut stream = within(async {
+        loop {
+            match forward(&fixture, 7000).await {
+                Ok(stream) => return Ok::<_, std::io::Error>(stream),
+                Err(error) => assert!(error.contains("127.0.0.1"), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .unwrap();
+    stream.write_all(&vec![b'x'; 1_000_000]).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    within(stream.read_to_string(&mut answer)).await.unwrap();
+    assert_eq!(answer, "1000000\nafter\n", "container {id}");
+}
+
+#[tokio::test]
+async fn root_a_port_where_nobody_listens_is_told_with_both_addresses() {
+    let Some(fixture) = fixture().await else { return };
+    let error = forward(&fixture, 7001).await.unwrap_err();
+    assert!(error.contains("7001") && error.contains("127.0.0.1") && error.contains("::1"), "{error}");
+    for port in [0, 65_536, u32::MAX] {
+        assert!(forward(&fixture, port).await.unwrap_err().contains("not a TCP port"));
+    }
+}
+
+#[tokio::test]
+async fn root_a_terminal_has_its_size_before_the_command_runs() {
+    let Some(mut fixture) = fixture().await else { return };
+    let id = fixture.run("sleep 1000").await;
+    let process = isopod_proto::agent::Process {
+        args: ["sh", "-c", "stty size"].map(str::to_owned).to_vec(),
+        terminal: true,
+        terminal_columns: 101,
+        terminal_rows: 33,
+        ..request("").process.unwrap()
+    };
+    let process_id = "f".repeat(64);
+    let exec =
+        isopod_proto::agent::ExecRequest { container_id: id, process_id: process_id.clone(), process: Some(process) };
+    fixture.client.exec(exec).await.unwrap();
+    let output = fixture.output(&process_id, StreamKind::TerminalOutput).await;
+    assert_eq!(String::from_utf8(output).unwrap(), "33 101\r\n");
+}

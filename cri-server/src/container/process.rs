@@ -45,6 +45,7 @@ pub fn create_request(
         seccomp_filter: Vec::new(),
         seccomp_flags: 0,
         oom_score_adj: limits.oom_score_adj.clamp(-1000, 1000) as i32,
+        ..agent::Process::default()
     };
     Ok(agent::CreateContainerRequest {
         id: id.to_string(),

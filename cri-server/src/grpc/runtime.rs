@@ -18,10 +18,12 @@ use tonic::{Request, Response, Status};
 use super::{Batches, Failure, status};
 use crate::cri;
 use crate::runtime::Runtime;
+use crate::streaming::Streaming;
 
 /// Serves sandboxes and containers.
 pub struct Sandboxes {
     runtime: Runtime,
+    streaming: Streaming,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -49,9 +51,9 @@ async fn answer<T>(work: impl Future<Output = Result<T, Status>>) -> Reply<T> {
 }
 
 impl Sandboxes {
-    /// The service over `runtime`.
-    pub fn new(runtime: Runtime) -> Self {
-        Self { runtime }
+    /// The service over `runtime`, whose streams `streaming` carries.
+    pub fn new(runtime: Runtime, streaming: Streaming) -> Self {
+        Self { runtime, streaming }
     }
 
     /// The id of the sandbox that `id` is or begins; none if there is none.

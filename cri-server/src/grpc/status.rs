@@ -34,6 +34,7 @@ failures!(
     crate::events::Lagged,
     crate::index::LookupError,
     crate::sandbox::SandboxError,
+    crate::streaming::requests::RequestError,
 );
 
 /// The code for `kind`.

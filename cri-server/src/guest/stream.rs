@@ -24,20 +24,25 @@ pub struct Input {
 impl Guest {
     /// Opens an output stream of `process` from byte `offset` on.
     pub async fn output(&self, process: &str, kind: StreamKind, offset: u64) -> Result<Output, GuestError> {
-        let stream = self.open(process, kind, offset).await?;
+        let stream = self.open(process, kind, offset, 0).await?;
         Ok(Output { stream, taken: offset })
     }
 
     /// Opens the input stream of `process`.
     pub async fn input(&self, process: &str) -> Result<Input, GuestError> {
-        Ok(Input { stream: self.open(process, StreamKind::Stdin, 0).await? })
+        Ok(Input { stream: self.open(process, StreamKind::Stdin, 0, 0).await? })
     }
 
-    async fn open(&self, process: &str, kind: StreamKind, offset: u64) -> Result<UnixStream, GuestError> {
+    /// Connects to a TCP port on the pod's loopback.
+    pub async fn tcp(&self, port: u16) -> Result<UnixStream, GuestError> {
+        self.open("", StreamKind::Tcp, 0, port).await
+    }
+
+    async fn open(&self, process: &str, kind: StreamKind, offset: u64, port: u16) -> Result<UnixStream, GuestError> {
         let failed = |source| GuestError::Connection { doing: "open a stream of", socket: self.socket.clone(), source };
         let opening = async {
             let mut stream = connect(&self.socket, AGENT_STREAM_PORT).await?;
-            let open = StreamOpen { process_id: process.to_owned(), kind: kind.into(), offset };
+            let open = StreamOpen { process_id: process.to_owned(), kind: kind.into(), offset, port: port.into() };
             stream.write_all(&encode_frame(&open)).await.map_err(failed)?;
             let opened: StreamOpened = read_frame(&mut stream, &self.socket, MAX_STREAM_HEADER, "StreamOpened").await?;
             if opened.error.is_empty() {

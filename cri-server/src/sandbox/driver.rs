@@ -16,8 +16,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use super::admission::{self, Admission, Request};
+use super::attach::{self, SharedInput};
 use super::bring_up::{Up, bring_up};
-use super::exec::Outcome;
+use super::exec::{self, Outcome};
 use super::monitor::{self, End};
 use super::update::{ContainerUpdate, PodUpdate};
 use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
@@ -27,6 +28,7 @@ use crate::context::Context;
 use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, GuestError, SHORT};
+use crate::streaming::requests::Wanted;
 use crate::vmm::{Vm, VmEnd};
 
 /// Where an answer goes.
@@ -54,6 +56,12 @@ pub enum Command {
     UpdateContainer(ObjectId, Box<ContainerUpdate>, Reply<()>),
     /// UpdatePodSandboxResources.
     UpdatePod(Box<PodUpdate>, Reply<()>),
+    /// A command for a client that streams: its container, words and streams; to be run by whoever asks.
+    OpenExec(ObjectId, Vec<String>, Wanted, Reply<(Up, exec::Command)>),
+    /// A container's own process for a client that streams.
+    OpenAttach(ObjectId, Wanted, Reply<attach::Target>),
+    /// The running guest, for connections to its ports.
+    OpenPorts(Reply<Up>),
     /// The guest's counters.
     Stats {
         /// Whether descriptors are to be counted.
@@ -94,11 +102,14 @@ pub(super) struct Container {
     pub stop_replies: Vec<Reply<()>>,
     /// The client that created it got its id; otherwise the next one that asks for the same gets it.
     pub delivered: bool,
+    /// Its standard input, for those who attach.
+    pub input: Arc<SharedInput>,
 }
 
 impl Container {
     pub fn new(record: ContainerRecord) -> Self {
-        Self { record, log: None, follower: None, stop_sent: false, stop_replies: Vec::new(), delivered: true }
+        let (log, follower, stop_replies) = (None, None, Vec::new());
+        Self { record, log, follower, stop_sent: false, stop_replies, delivered: true, input: Arc::default() }
     }
 
     pub fn is_running(&self) -> bool {
@@ -309,6 +320,10 @@ impl Driver {
                 let _ = reply.send(result);
             }
             Command::Stats { descriptors, reply } => self.stats(descriptors, reply),
+            // A failed reply: the client has gone.
+            Command::OpenExec(id, words, wanted, reply) => drop(reply.send(self.open_exec(&id, words, wanted))),
+            Command::OpenAttach(id, wanted, reply) => drop(reply.send(self.open_attach(&id, wanted))),
+            Command::OpenPorts(reply) => drop(reply.send(self.up().cloned())),
         }
         false
     }

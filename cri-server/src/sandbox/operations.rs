@@ -1,6 +1,7 @@
 //! What a driver does to its containers.
 
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use isopod_image_store::Image;
@@ -12,6 +13,8 @@ use isopod_proto::agent::{
 use prost::Message;
 
 use super::admission::{ContainerPhase, Request};
+use super::attach;
+use super::bring_up::Up;
 use super::driver::{Container, Driver, Event, Reply};
 use super::exec::{self, Outcome};
 use super::{SandboxError, now, resources};
@@ -21,6 +24,7 @@ use crate::container::{
 use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{GuestError, LONG, SHORT};
+use crate::streaming::requests::Wanted;
 use crate::vmm::{self, DiskFile};
 use crate::volume;
 
@@ -364,7 +368,8 @@ impl Driver {
 
     /// ExecSync, in a task of its own.
     pub(super) fn exec(&mut self, id: &ObjectId, command: Vec<String>, limit: Option<Duration>, reply: Reply<Outcome>) {
-        match self.exec_command(id, command, limit) {
+        let terminal = self.containers.get(id).is_some_and(|container| container.record.config.tty);
+        match self.exec_command(id, command, Wanted { tty: terminal, ..Wanted::default() }, limit) {
             Ok((up, command)) => {
                 self.tasks.spawn(exec::run(up, command, reply));
             }
@@ -378,14 +383,52 @@ impl Driver {
         &self,
         id: &ObjectId,
         command: Vec<String>,
+        wanted: Wanted,
         limit: Option<Duration>,
-    ) -> Result<(super::bring_up::Up, exec::Command), SandboxError> {
+    ) -> Result<(Up, exec::Command), SandboxError> {
         let record = &self.containers.get(id).ok_or_else(|| not_found(id))?.record;
         self.admit(id, Request::Exec(ContainerPhase::from(&record.state)))?;
         // What we wrote ourselves is whole; an empty process would be refused by the agent.
         let first = agent::Process::decode(record.process.as_slice()).unwrap_or_default();
-        let process = exec_process(&first, command, record.config.tty, false);
+        let process = exec_process(&first, command, wanted.tty, wanted.stdin);
         Ok((self.up()?.clone(), exec::Command { container: id.clone(), process, limit }))
+    }
+
+    /// Exec: what its client will run.
+    pub(super) fn open_exec(
+        &self,
+        id: &ObjectId,
+        command: Vec<String>,
+        wanted: Wanted,
+    ) -> Result<(Up, exec::Command), SandboxError> {
+        self.exec_command(id, command, wanted, None)
+    }
+
+    /// Attach: the container's streams. What was asked for has to fit what the container has.
+    pub(super) fn open_attach(&self, id: &ObjectId, wanted: Wanted) -> Result<attach::Target, SandboxError> {
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        self.admit(id, Request::Exec(ContainerPhase::from(&container.record.state)))?;
+        let config = &container.record.config;
+        let unfit =
+            |field, problem: &str| SandboxError::Spec(SpecError::Invalid { field, problem: problem.to_owned() });
+        if wanted.tty != config.tty {
+            return Err(unfit(
+                "tty",
+                if config.tty { "the container has a terminal" } else { "the container has none" },
+            ));
+        }
+        if wanted.stdin && !config.stdin {
+            return Err(unfit("stdin", "the container was created without standard input"));
+        }
+        // It is there while the container is followed.
+        let log = container.log.as_ref().ok_or(SandboxError::Ended)?;
+        Ok(attach::Target {
+            up: self.up()?.clone(),
+            container: id.clone(),
+            output: log.attachers().subscribe(),
+            input: Arc::clone(&container.input),
+            stdin_once: config.stdin_once,
+        })
     }
 }
 

@@ -20,5 +20,6 @@ mod processes;
 mod restart;
 mod security;
 mod stats;
+mod streaming;
 mod update;
 mod volumes;

@@ -13,6 +13,7 @@ use time::OffsetDateTime;
 
 use super::Lines;
 use crate::guest::Output;
+use crate::sandbox::attach::Attachers;
 
 /// Bytes read from the guest at once.
 const CHUNK: usize = 32 * 1024;
@@ -51,6 +52,8 @@ pub struct ContainerLog {
     progress: File,
     /// That it cannot be written was said.
     complained: AtomicBool,
+    /// Those who get the output besides.
+    attachers: Attachers,
 }
 
 /// A log that cannot be opened.
@@ -132,7 +135,13 @@ impl ContainerLog {
             .truncate(false)
             .open(progress)
             .map_err(|source| LogError { path: progress.into(), source })?;
-        Ok(Self { path, file: Mutex::new(file), progress, complained: AtomicBool::new(false) })
+        Ok(Self {
+            path,
+            file: Mutex::new(file),
+            progress,
+            complained: AtomicBool::new(false),
+            attachers: Attachers::default(),
+        })
     }
 
     /// Opens the path again, after the file was renamed. On an error the old file stays in use.
@@ -142,6 +151,11 @@ impl ContainerLog {
             *self.file.lock() = Some(file);
         }
         Ok(())
+    }
+
+    /// The clients that get the output besides, as it comes.
+    pub fn attachers(&self) -> &Attachers {
+        &self.attachers
     }
 
     /// How many bytes of a stream are in the log.
@@ -165,6 +179,7 @@ impl ContainerLog {
     pub async fn copy(&self, output: &mut Output, stream: LogStream, lines: &mut Lines) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK];
         let mut entries = Vec::new();
+        let mut position = output.taken();
         loop {
             let count = output.read(&mut buffer).await?;
             if count == 0 {
@@ -172,6 +187,8 @@ impl ContainerLog {
                 // The guest may have closed its end for good, having nothing that could be acknowledged.
                 return if taken > 0 { output.acknowledge(taken).await } else { Ok(()) };
             }
+            self.attachers.publish(stream, position, &buffer[..count]);
+            position += count as u64;
             entries.clear();
             let taken = lines.push(&buffer[..count], stream.name(), OffsetDateTime::now_utc(), &mut entries);
             if taken > 0 {

@@ -1,0 +1,12 @@
+//! SPDY/3.1 as the kubelet and crictl speak it: frames, compressed headers, and the connection made of them.
+
+mod connection;
+mod frame;
+mod headers;
+
+pub use connection::{Stream, serve};
+
+#[cfg(test)]
+pub use client::Client;
+#[cfg(test)]
+mod client;
