@@ -101,6 +101,7 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
         }
     };
     let identity = users::resolve(root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
+    let stream_owner = user_namespace.as_ref().map(|namespace| namespace.owner_of(&identity)).transpose()?;
     let program = program::resolve(wanted, &identity)?;
     let cgroup = Arc::new(Cgroup::create(layout.cgroup_parent(), &request.id)?);
     cgroup.apply(&settings)?;
@@ -122,7 +123,7 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
         masked_paths: request.masked_paths.clone(),
         readonly_paths: request.readonly_paths.clone(),
         program: Some(program),
-        root_ids: user_namespace.as_ref().map(|namespace| namespace.root),
+        stream_owner,
         ..Launch::default()
     };
     let mut descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::RootMount, &root)];
@@ -264,14 +265,14 @@ impl Container {
         let target = self.init.pidfd().map_err(|_| not_running())?;
         let identity = users::resolve(self.root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
         let program = program::resolve(wanted, &identity)?;
-        let root_ids = self.user_namespace.as_ref().map(|namespace| namespace.root);
-        let mut launch = Launch { role: Role::Exec as i32, program: Some(program), root_ids, ..Launch::default() };
+        let namespace = self.user_namespace.as_ref();
+        let stream_owner = namespace.map(|namespace| namespace.owner_of(&identity)).transpose()?;
+        let mut launch = Launch { role: Role::Exec as i32, program: Some(program), stream_owner, ..Launch::default() };
         // A cgroup of its own, so that all it starts can be killed with it.
         let cgroup = Arc::new(self.cgroup.create_child(&request.process_id)?);
         let cgroup_directory = cgroup.clone_directory()?;
         let mut descriptors = vec![(Descriptor::Cgroup, &cgroup_directory), (Descriptor::Namespaces, target)];
-        let user_namespace = self.user_namespace.as_ref();
-        descriptors.extend(user_namespace.map(|target| (Descriptor::UserNamespace, &target.descriptor)));
+        descriptors.extend(namespace.map(|target| (Descriptor::UserNamespace, &target.descriptor)));
         let prepared = prepare(reaper, &mut launch, descriptors, wanted.terminal, wanted.stdin);
         let (mut prepared, streams) = prepared.inspect_err(|_| cgroup.remove_if_empty())?;
         let pidfd = prepared.watched.pidfd.take();

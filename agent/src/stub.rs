@@ -106,7 +106,7 @@ fn become_process(channel: &mut Channel, launch: &Launch, descriptors: &Descript
     }
     let program = launch.program.as_ref();
     let program = program.ok_or_else(|| Error::new(ErrorKind::Internal, "the launch has no program"))?;
-    program::give_streams(program, launch.root_ids, descriptors)?;
+    program::give_streams(program, launch.stream_owner, descriptors)?;
     if launch.role() == Role::Container {
         mounts::enter_new_root(launch, descriptors)?;
     } else if let Some(namespace) = descriptors.get(Descriptor::UserNamespace) {

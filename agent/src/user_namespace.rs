@@ -13,7 +13,8 @@ use crate::error::{Context as _, Error, Result};
 use crate::launch;
 use crate::layout::Layout;
 use crate::reaper::Reaper;
-use crate::stub::message::{Descriptor, Launch, Role, RootIds};
+use crate::stub::message::{Descriptor, Launch, Owner, Role};
+use crate::users::Identity;
 
 /// Name of the cgroup of the process that makes it, which ends at once; no container id looks like it.
 const CGROUP: &str = "user-namespace";
@@ -25,9 +26,38 @@ const MAX_MAPPINGS: usize = 340;
 pub struct UserNamespace {
     /// Keeps it, and enters it.
     pub descriptor: OwnedFd,
-    /// What its user and group 0 are outside of it.
-    pub root: RootIds,
     mapping: agent::UserNamespace,
+}
+
+impl UserNamespace {
+    /// Who a user and a group of it are outside of it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if they are nobody.
+    pub fn owner(&self, uid: u32, gid: u32) -> Result<Owner> {
+        let nobody =
+            |what: &str, id: u32| Error::invalid(format!("{what} {id} is not mapped in the pod's user namespace"));
+        Ok(Owner {
+            uid: guest_id(&self.mapping.uids, uid).ok_or_else(|| nobody("user", uid))?,
+            gid: guest_id(&self.mapping.gids, gid).ok_or_else(|| nobody("group", gid))?,
+        })
+    }
+
+    /// Who a process with this identity is outside of it; none of its groups may be nobody.
+    pub fn owner_of(&self, identity: &Identity) -> Result<Owner> {
+        for gid in &identity.groups {
+            self.owner(identity.uid, *gid)?;
+        }
+        self.owner(identity.uid, identity.gid)
+    }
+}
+
+/// The guest's id for the id `id` of a container.
+pub fn guest_id(mappings: &[IdMapping], id: u32) -> Option<u32> {
+    mappings.iter().find_map(|mapping| {
+        let offset = id.checked_sub(mapping.container_id).filter(|offset| *offset < mapping.length)?;
+        mapping.guest_id.checked_add(offset)
+    })
 }
 
 /// The pod's user namespace, as far as it exists.
@@ -63,13 +93,14 @@ impl UserNamespaces {
 }
 
 fn make(reaper: &Arc<Reaper>, layout: &Layout, mapping: agent::UserNamespace) -> Result<UserNamespace> {
-    let root = RootIds { uid: outside(&mapping.uids)?, gid: outside(&mapping.gids)? };
+    check(&mapping.uids)?;
+    check(&mapping.gids)?;
     let cgroup = Cgroup::create(layout.cgroup_parent(), CGROUP)?;
     let result = hold(reaper, layout, &cgroup, &mapping);
     let removed = cgroup.remove();
     let descriptor = result?;
     removed?;
-    Ok(UserNamespace { descriptor, root, mapping })
+    Ok(UserNamespace { descriptor, mapping })
 }
 
 /// Makes the namespace in a process of its own and gives it its ids.
@@ -99,13 +130,12 @@ fn lines(mappings: &[IdMapping]) -> String {
     mappings.iter().map(line).collect()
 }
 
-/// What id 0 is outside.
-fn outside(mappings: &[IdMapping]) -> Result<u32> {
+/// A user namespace whose files nobody owns would be of no use.
+fn check(mappings: &[IdMapping]) -> Result<()> {
     if mappings.len() > MAX_MAPPINGS {
         return Err(Error::invalid(format!("a user namespace cannot have {} ranges of ids", mappings.len())));
     }
-    let root = mappings.iter().find(|mapping| mapping.container_id == 0 && mapping.length > 0);
-    root.map(|root| root.guest_id).ok_or_else(|| Error::invalid("the user namespace has no id 0"))
+    guest_id(mappings, 0).map(drop).ok_or_else(|| Error::invalid("the user namespace has no id 0"))
 }
 
 #[cfg(test)]
@@ -113,11 +143,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn ids_of_a_container_are_found_in_its_ranges() {
+        let mapping = |container_id, guest_id, length| IdMapping { container_id, guest_id, length };
+        let mappings = [mapping(0, 1000, 5), mapping(10, 5000, 5), mapping(20, u32::MAX, 5)];
+        let found: Vec<_> = [0, 4, 5, 9, 12, 15, 21].map(|id| guest_id(&mappings, id)).to_vec();
+        assert_eq!(found, [Some(1000), Some(1004), None, None, Some(5002), None, None]);
+    }
+
+    #[test]
     fn a_namespace_without_a_root_is_refused() {
         let mapping = |container_id, length| IdMapping { container_id, guest_id: 1000, length };
-        assert!(outside(&[]).is_err() && outside(&[mapping(1, 5)]).is_err() && outside(&[mapping(0, 0)]).is_err());
-        assert!(outside(&vec![mapping(0, 1); 341]).is_err());
-        assert_eq!(outside(&[mapping(5, 1), mapping(0, 5)]).unwrap(), 1000);
+        assert!(check(&[]).is_err() && check(&[mapping(1, 5)]).is_err() && check(&[mapping(0, 0)]).is_err());
+        assert!(check(&vec![mapping(0, 1); 341]).is_err() && check(&[mapping(5, 1), mapping(0, 5)]).is_ok());
         assert_eq!(lines(&[mapping(0, 5), mapping(7, 1)]), "0 1000 5\n7 1000 1\n");
     }
 }

@@ -1,10 +1,11 @@
 //! The mounts and device nodes of a container, as its stub will make them.
 
-use isopod_proto::agent::{CreateContainerRequest, IdMapping, Mount, mount};
+use isopod_proto::agent::{CreateContainerRequest, Mount, mount};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::stub::message::{Device, Filesystem, FilesystemOption, PlannedMount, Source};
+use crate::user_namespace::guest_id;
 
 /// The device nodes every container has (OCI runtime specification, config-linux): name and minor number, major 1 but tty.
 const DEVICES: [(&str, u32, u32); 6] =
@@ -52,14 +53,6 @@ fn knows_idmapped_mounts(mount: &PlannedMount) -> bool {
         Some(Source::Filesystem(filesystem)) => filesystem.name == "tmpfs",
         None => false,
     }
-}
-
-/// The guest's id for the id `id` of a container.
-fn guest_id(mappings: &[IdMapping], id: u32) -> Option<u32> {
-    mappings.iter().find_map(|mapping| {
-        let offset = id.checked_sub(mapping.container_id).filter(|offset| *offset < mapping.length)?;
-        mapping.guest_id.checked_add(offset)
-    })
 }
 
 /// The destination without repeated or trailing slashes and `.`; `..` and the root itself are refused.
@@ -212,14 +205,6 @@ mod tests {
         for bad in ["", "/", "relative", "/a/../b", "//.", "/nul\0"] {
             assert!(plan(&[bad]).unwrap_err().chain().contains(&format!("{bad:?}")));
         }
-    }
-
-    #[test]
-    fn ids_of_a_container_are_found_in_its_ranges() {
-        let mapping = |container_id, guest_id, length| IdMapping { container_id, guest_id, length };
-        let mappings = [mapping(0, 1000, 5), mapping(10, 5000, 5), mapping(20, u32::MAX, 5)];
-        let found: Vec<_> = [0, 4, 5, 9, 12, 15, 21].map(|id| guest_id(&mappings, id)).to_vec();
-        assert_eq!(found, [Some(1000), Some(1004), None, None, Some(5002), None, None]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rustix::fs::CWD;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::error::{Context as _, Result};
-use crate::stub::message::RootIds;
+use crate::stub::message::Owner;
 use crate::sys;
 use crate::user_namespace::UserNamespace;
 
@@ -19,7 +19,7 @@ use crate::user_namespace::UserNamespace;
 /// Layers mark what they remove as overlayfs itself does: character devices 0/0 and `trusted.overlay.opaque`. Device nodes
 /// do not open on it unless `devices`: an image's nodes would open the disks of the guest.
 pub fn mount_overlay(layers: &[PathBuf], scratch: &Path, devices: bool) -> Result<OwnedFd> {
-    let (upper, work) = make_writable(layers, scratch, RootIds::default())?;
+    let (upper, work) = make_writable(layers, scratch, None)?;
     let attributes = if devices { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_NODEV };
     overlay(layers, (&upper, &work), attributes)
 }
@@ -33,7 +33,7 @@ pub fn mount_mapped_overlay(
     staging: &Path,
     namespace: &UserNamespace,
 ) -> Result<OwnedFd> {
-    let (upper, work) = make_writable(layers, scratch, namespace.root)?;
+    let (upper, work) = make_writable(layers, scratch, Some(namespace))?;
     let mut mapped = Staged(Vec::new());
     for (number, layer) in layers.iter().enumerate() {
         let place = staging.join(number.to_string());
@@ -62,8 +62,8 @@ impl Drop for Staged {
 }
 
 /// Makes the upper and work directories below `scratch`. The root of an overlay has the attributes of the topmost directory:
-/// those of the top layer, whose owner's ids are added to `root`.
-fn make_writable(layers: &[PathBuf], scratch: &Path, root: RootIds) -> Result<(PathBuf, PathBuf)> {
+/// those of the top layer, whose owner is one of `namespace`.
+fn make_writable(layers: &[PathBuf], scratch: &Path, namespace: Option<&UserNamespace>) -> Result<(PathBuf, PathBuf)> {
     let (upper, work) = (scratch.join("upper"), scratch.join("work"));
     for directory in [&upper, &work] {
         fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))?;
@@ -71,9 +71,9 @@ fn make_writable(layers: &[PathBuf], scratch: &Path, root: RootIds) -> Result<(P
     if let Some(top) = layers.first() {
         let text = || format!("give {} the attributes of {}", upper.display(), top.display());
         let metadata = fs::metadata(top).context(text)?;
-        let owner = |id: u32, root: u32| root.checked_add(id).or(Some(root));
-        std::os::unix::fs::chown(&upper, owner(metadata.uid(), root.uid), owner(metadata.gid(), root.gid))
-            .context(text)?;
+        let (uid, gid) = (metadata.uid(), metadata.gid());
+        let owner = namespace.map(|namespace| namespace.owner(uid, gid)).transpose()?.unwrap_or(Owner { uid, gid });
+        std::os::unix::fs::chown(&upper, Some(owner.uid), Some(owner.gid)).context(text)?;
         fs::set_permissions(&upper, fs::Permissions::from_mode(metadata.mode() & 0o7777)).context(text)?;
     }
     Ok((upper, work))

@@ -36,14 +36,14 @@ pub struct Launch {
     /// The program, absent for [`Role::PodInit`].
     #[prost(message, optional, tag = "11")]
     pub program: Option<Program>,
-    /// The first user and group id of its user namespace, as the agent sees them; absent without one.
+    /// In a user namespace: whom the program's standard streams are to belong to, as the agent sees it.
     #[prost(message, optional, tag = "140")]
-    pub root_ids: Option<RootIds>,
+    pub stream_owner: Option<Owner>,
 }
 
-/// What user 0 and group 0 of a user namespace are outside of it.
+/// A user and a group.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct RootIds {
+pub struct Owner {
     /// User id.
     #[prost(uint32, tag = "1")]
     pub uid: u32,

@@ -13,7 +13,7 @@ use rustix::process::Rlimit;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::channel::Channel;
-use super::message::{CapabilityBits, Descriptor, Event, Program, Role, RootIds};
+use super::message::{CapabilityBits, Descriptor, Event, Owner, Program, Role};
 use super::{Descriptors, mounts, report, wait_for_go};
 use crate::beneath::{self, Make};
 use crate::error::{Context as _, Error, Result};
@@ -77,13 +77,9 @@ fn use_as_streams(stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: Borrowe
 }
 
 /// A program may open its own streams again, by /dev/stdout; for that they have to be its user's. The pipes are the agent's,
-/// so this comes before a user namespace is entered, whose root is `root_ids`.
-pub(super) fn give_streams(program: &Program, root_ids: Option<RootIds>, descriptors: &Descriptors) -> Result<()> {
-    let RootIds { uid, gid } = root_ids.unwrap_or_default();
-    let (uid, gid) = (uid.checked_add(program.uid), gid.checked_add(program.gid));
-    let (Some(uid), Some(gid)) = (uid, gid) else {
-        return Err(Error::invalid(format!("user {} has no id outside of its user namespace", program.uid)));
-    };
+/// so this comes before a user namespace is entered, in which they belong to `owner`.
+pub(super) fn give_streams(program: &Program, owner: Option<Owner>, descriptors: &Descriptors) -> Result<()> {
+    let Owner { uid, gid } = owner.unwrap_or(Owner { uid: program.uid, gid: program.gid });
     for descriptor in [Descriptor::Stdin, Descriptor::Stdout, Descriptor::Stderr] {
         let Some(stream) = descriptors.get(descriptor) else { continue };
         if beneath::file_type(stream).context(|| "stat a standard stream")? == rustix::fs::FileType::Fifo {

@@ -263,6 +263,11 @@ async fn root_a_user_namespace_has_its_ids_and_its_files() {
     let (_, first) = fixture.exec(&id, "readlink /proc/self/ns/user").await;
     assert_eq!(seen, format!("33\n34 6\n0\ndenied\ny\n{first}"));
 
+    let mut nobody = CreateContainerRequest { user_namespace: Some(namespace), ..request("true") };
+    nobody.process.as_mut().unwrap().user.as_mut().unwrap().user = "65536".into();
+    let error = fixture.client.create_container(nobody).await.unwrap_err();
+    assert!(error.message().contains("user 65536 is not mapped"), "{error}");
+
     let other = vec![IdMapping { container_id: 0, guest_id: 300_000, length: 10 }];
     let other = UserNamespace { uids: other.clone(), gids: other };
     let third = CreateContainerRequest { user_namespace: Some(other), ..request("true") };
