@@ -293,3 +293,22 @@ async fn root_a_user_namespace_has_its_ids_and_its_files() {
         ]
     );
 }
+
+#[tokio::test]
+async fn root_a_terminal_in_a_user_namespace_is_its_users() {
+    let Some(mut fixture) = fixture().await else { return };
+    let ids = vec![IdMapping { container_id: 0, guest_id: 200_000, length: 65_536 }];
+    let script = "tty; stat -c %u:%g $(tty); stat -c %u /dev/console; echo out > /dev/stdout; ls /nothing-else";
+    let mut request = CreateContainerRequest {
+        user_namespace: Some(UserNamespace { uids: ids.clone(), gids: ids }),
+        ..request(script)
+    };
+    let process = request.process.as_mut().unwrap();
+    process.terminal = true;
+    process.user.as_mut().unwrap().user = "33".into();
+    let id = request.id.clone();
+    fixture.client.create_container(request).await.unwrap();
+    fixture.client.start_container(StartContainerRequest { id: id.clone() }).await.unwrap();
+    let output = String::from_utf8(fixture.output(&id, StreamKind::TerminalOutput).await).unwrap();
+    assert_eq!(output.lines().take(4).collect::<Vec<_>>(), ["/dev/pts/0", "33:5", "33", "out"], "{output}");
+}

@@ -361,6 +361,76 @@ fn a_file_that_is_no_profile_is_named() {
     }
 }
 
+/// What libseccomp makes of a profile without conflicts, and which of its system calls libseccomp knows.
+fn by_libseccomp(profile: &Profile) -> (Vec<Instruction>, BTreeSet<u32>) {
+    let mut rules = String::new();
+    for rule in profile.rules.iter().filter(|rule| rule.action != profile.default) {
+        let conditions: Vec<String> = rule
+            .conditions
+            .iter()
+            .map(|condition| {
+                let (operator, first, second) = match condition.operator {
+                    Operator::NotEqual(value) => (1, value, 0),
+                    Operator::Less(value) => (2, value, 0),
+                    Operator::LessOrEqual(value) => (3, value, 0),
+                    Operator::Equal(value) => (4, value, 0),
+                    Operator::GreaterOrEqual(value) => (5, value, 0),
+                    Operator::Greater(value) => (6, value, 0),
+                    Operator::MaskedEqual { mask, value } => (7, mask, value),
+                };
+                format!("({}, {operator}, {first}, {second})", condition.index)
+            })
+            .collect();
+        rules += &format!("({:?}, {}, [{}]),", rule.names, rule.action.value(), conditions.join(","));
+    }
+    let script = format!(
+        "import ctypes, sys\n\
+         lib = ctypes.CDLL('libseccomp.so.2')\n\
+         lib.seccomp_init.restype = ctypes.c_void_p\n\
+         class Condition(ctypes.Structure):\n\
+         \x20   _fields_ = [('index', ctypes.c_uint), ('operator', ctypes.c_int), ('a', ctypes.c_uint64), ('b', ctypes.c_uint64)]\n\
+         context = ctypes.c_void_p(lib.seccomp_init(ctypes.c_uint32({default})))\n\
+         for names, action, conditions in [{rules}]:\n\
+         \x20   for name in names:\n\
+         \x20       number = lib.seccomp_syscall_resolve_name(name.encode())\n\
+         \x20       if number < 0: continue\n\
+         \x20       print(number, file=sys.stderr)\n\
+         \x20       array = (Condition * len(conditions))(*conditions)\n\
+         \x20       assert lib.seccomp_rule_add_array(context, ctypes.c_uint32(action), number, len(conditions), array) == 0, name\n\
+         assert lib.seccomp_export_bpf(context, 1) == 0\n",
+        default = profile.default.value()
+    );
+    let output = std::process::Command::new("python3").arg("-c").arg(script).output().expect("python3 is there");
+    let errors = String::from_utf8(output.stderr).expect("text");
+    assert!(output.status.success(), "{errors}");
+    let instruction = |bytes: &[u8]| Instruction {
+        code: u16::from_le_bytes([bytes[0], bytes[1]]),
+        when_true: bytes[2],
+        when_false: bytes[3],
+        k: u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+    };
+    let known = errors.lines().map(|number| number.parse().expect("a number")).collect();
+    (output.stdout.chunks(8).map(instruction).collect(), known)
+}
+
+#[test]
+fn the_default_profile_is_what_libseccomp_makes_of_it() {
+    if !std::path::Path::new("/usr/lib/x86_64-linux-gnu/libseccomp.so.2").exists() {
+        println!("skipped: there is no libseccomp");
+        return;
+    }
+    for capabilities in [&[][..], &["CAP_SYS_ADMIN", "CAP_SYS_NICE"]] {
+        let profile = default::profile(&|name| capabilities.contains(&name));
+        let (ours, (theirs, known)) = (defaults(capabilities), by_libseccomp(&profile));
+        assert!(known.len() > 280, "{}", known.len());
+        let values = [0u64, 1, 2, 8, 40, 0x2_0008, 0xffff_ffff, 0x1000_0011, 0x7e02_0000, 1 << 32, (1 << 32) + 40];
+        for (&number, value) in known.iter().flat_map(|number| values.map(|value| (number, value))) {
+            let call = Call { number, architecture: NATIVE, arguments: [value, value, 0, 0, 0, 0] };
+            assert_eq!(run(&ours, &call), run(&theirs, &call), "{call:?}");
+        }
+    }
+}
+
 /// Loads a filter with the real kernel and makes system calls under it; what each failed with, 0 for none.
 fn under(filter: &Filter, calls: &str) -> String {
     let mut file = tempfile::NamedTempFile::new().expect("a file");
