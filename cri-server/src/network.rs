@@ -72,7 +72,7 @@ impl KnownPod {
         let network = self.network.as_ref()?;
         // They were valid when the sandbox was made.
         let ports = ports::parse(&self.config.port_mappings).unwrap_or_default();
-        Some(Claim { pod: pod_name(&self.config), addresses: network.ips().collect(), ports })
+        Some(Claim { pod: pod_name(&self.config), network: Some(network.clone()), ports })
     }
 }
 
@@ -243,7 +243,7 @@ impl Network {
         let plugged = match self.plugged.network() {
             Ok(Some(list)) => self.plugged.status(&list).await,
             Ok(None) => {
-                let prepared = self.builtin.prepare().await;
+                let prepared = self.builtin.status().await;
                 return prepared
                     .map_err(|error| Problem { reason: "NetworkNotReady", message: chain(&error).to_string() });
             }

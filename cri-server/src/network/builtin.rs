@@ -68,9 +68,8 @@ impl Builtin {
         let network = self.allocate(sandbox, families).await?;
         let name = tap_name(sandbox);
         let tap = tap::open(&name)?;
-        let addresses = network.ips().collect();
         let table_changes = !ports.is_empty();
-        state.claims.insert(sandbox.clone(), Claim { pod: pod.to_owned(), addresses, ports });
+        state.claims.insert(sandbox.clone(), Claim { pod: pod.to_owned(), network: Some(network.clone()), ports });
         let mut script = guard::remove(&self.table, &name) + &guard::add(&self.table, &name, &network, Passage::On);
         if table_changes {
             script += &self.rules(&state.claims, families);
@@ -127,10 +126,8 @@ impl Builtin {
         self.adopt(known).await;
         let state = self.state.lock().await;
         let links = Links::open()?;
-        let mut taps = links.ports(&self.config.bridge).await?;
-        taps.retain(|name| is_tap_name(name));
-        for name in &taps {
-            if !known.iter().any(|pod| tap_name(&pod.sandbox) == *name) {
+        for name in &links.ports(&self.config.bridge).await? {
+            if is_tap_name(name) && !known.iter().any(|pod| tap_name(&pod.sandbox) == *name) {
                 tracing::info!(tap = name, "removing a tap that no sandbox has");
                 links.remove(name).await?;
             }
@@ -141,15 +138,33 @@ impl Builtin {
             // Nothing is there, or it could not be made; the next pod tries again.
             return Ok(());
         };
+        self.make_rules(&state, families).await
+    }
+
+    /// Makes all rules anew, those for what guests may send as well.
+    async fn make_rules(&self, state: &State, families: Families) -> Result<(), NetworkError> {
         let table = &self.table;
+        let taps = Links::open()?.ports(&self.config.bridge).await?;
         let mut script = format!("add table netdev {table}\ndelete table netdev {table}\nadd table netdev {table}\n");
-        for pod in known {
-            let name = tap_name(&pod.sandbox);
-            if let (true, Some(network)) = (taps.contains(&name), &pod.network) {
+        for (sandbox, claim) in &state.claims {
+            let name = tap_name(sandbox);
+            if let (true, Some(network)) = (taps.contains(&name), &claim.network) {
                 script += &guard::add(table, &name, network, Passage::On);
             }
         }
         nft::run(script + &self.rules(&state.claims, families)).await
+    }
+
+    /// Whether a pod could have a network now. Rules that somebody has flushed, as a firewall does when it is loaded anew, are
+    /// made again.
+    pub async fn status(&self) -> Result<(), NetworkError> {
+        let mut state = self.state.lock().await;
+        let families = self.prepare_locked(&mut state).await?;
+        if nft::run(format!("list table inet {}\n", self.table)).await.is_err() {
+            tracing::warn!(table = self.table, "the nftables rules of the pods' network are gone; making them again");
+            self.make_rules(&state, families).await?;
+        }
+        Ok(())
     }
 
     /// Makes the bridge, forwarding and rules, unless they are there. The daemon does so at its start; each pod asks again.

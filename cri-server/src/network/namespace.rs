@@ -45,7 +45,7 @@ pub async fn make(path: PathBuf) -> Result<(), NetworkError> {
 /// Whether there is a namespace at `path`: a file of nsfs, which is none of the directory's file system.
 fn is_mounted(path: &Path) -> bool {
     const NSFS_MAGIC: i64 = 0x6e73_6673;
-    rustix::fs::statfs(path).is_ok_and(|found| found.f_type as i64 == NSFS_MAGIC)
+    rustix::fs::statfs(path).is_ok_and(|found| found.f_type == NSFS_MAGIC)
 }
 
 /// Takes the namespace at `path` away; it goes with the last who uses it. Nothing to take is a success.

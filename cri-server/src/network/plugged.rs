@@ -94,7 +94,7 @@ impl Plugged {
         if let Some((owner, claim, port)) = conflict(&claims, sandbox, &ports) {
             return Err(NetworkError::PortTaken { port, pod: claim.pod.clone(), sandbox: owner.clone() });
         }
-        claims.insert(sandbox.clone(), Claim { pod: pod_name(config), addresses: Vec::new(), ports });
+        claims.insert(sandbox.clone(), Claim { pod: pod_name(config), network: None, ports });
         Ok(())
     }
 

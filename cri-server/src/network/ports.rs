@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use isopod_proto::ObjectId;
 use serde::Serialize;
 
+use super::pod::PodNetwork;
 use crate::cri;
 
 /// A transport protocol.
@@ -111,10 +112,17 @@ pub fn parse(mappings: &[cri::PortMapping]) -> Result<Vec<HostPort>, String> {
 pub struct Claim {
     /// The pod, for people: namespace/name.
     pub pod: String,
-    /// The pod's addresses.
-    pub addresses: Vec<IpAddr>,
+    /// What it has of the network; none if that is not known yet.
+    pub network: Option<PodNetwork>,
     /// Its host ports.
     pub ports: Vec<HostPort>,
+}
+
+impl Claim {
+    /// The address of a family that the pod's ports are at.
+    pub fn address(&self, v4: bool) -> Option<IpAddr> {
+        self.network.as_ref()?.ips().find(|ip| ip.is_ipv4() == v4)
+    }
 }
 
 /// The pods' claims, by sandbox.

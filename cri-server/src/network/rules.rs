@@ -83,10 +83,8 @@ impl Dnat {
         for claim in claims.values() {
             for port in &claim.ports {
                 for family in [0, 1] {
-                    // A pod has one address of a family that ports lead to.
-                    let pod = claim.addresses.iter().find(|address| address.is_ipv4() == (family == 0));
-                    if let Some(pod) = pod {
-                        dnat.add(port, family, *pod);
+                    if let Some(pod) = claim.address(family == 0) {
+                        dnat.add(port, family, pod);
                     }
                 }
             }
@@ -143,6 +141,7 @@ impl Dnat {
 mod tests {
     use isopod_proto::ObjectId;
 
+    use super::super::pod::{Mac, PodNetwork};
     use super::super::ports::{Claim, Protocol};
     use super::*;
 
@@ -171,9 +170,16 @@ mod tests {
             host_port,
             container_port: 80,
         };
+        let network = PodNetwork {
+            mac: Mac([2, 0, 0, 0, 0, 1]),
+            addresses: ["10.88.0.2/16", "fd00::2/64"].map(|text| text.parse().expect("valid")).into(),
+            routes: Vec::new(),
+            mtu: 1500,
+            dns: None,
+        };
         let claim = Claim {
             pod: "ns/name".to_owned(),
-            addresses: vec!["10.88.0.2".parse().expect("valid"), "fd00::2".parse().expect("valid")],
+            network: Some(network),
             ports: vec![port(None, 1), port(Some("127.0.0.1"), 2), port(Some("0.0.0.0"), 3), port(Some("::"), 4)],
         };
         let claims = Claims::from([(ObjectId::from_random([1; 32]), claim)]);

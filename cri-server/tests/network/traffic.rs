@@ -216,6 +216,10 @@ async fn root_host_ports_lead_to_the_pod_until_it_is_stopped() {
     later.restore(&known).await.expect("restored");
     assert_eq!(ask("127.0.0.1:12000").expect("answered"), "server 10.77.0.1");
     assert_eq!(run("nft", &["list", "ruleset"]).matches("hook ingress device").count(), 2);
+    run("nft", &["flush", "ruleset"]);
+    later.status().await.expect("made again");
+    assert_eq!(ask("127.0.0.1:12000").expect("answered"), "server 10.77.0.1");
+    assert_eq!(run("nft", &["list", "ruleset"]).matches("hook ingress device").count(), 2);
     let late = [mapping(cri::Protocol::Udp, "10.200.0.1", 12000, 1)];
     let error = later.attach(&id(3), &pod_config("late", &late)).await.expect_err("taken");
     assert!(error.to_string().contains("ns/server"), "{error}");
