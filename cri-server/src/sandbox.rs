@@ -198,6 +198,9 @@ pub enum SandboxError {
     /// The file server.
     #[error("cannot share files with the pod")]
     Files(#[source] crate::volume::server::FileServerError),
+    /// A device.
+    #[error("cannot give a device to the pod")]
+    Device(#[source] crate::volume::device::DeviceError),
     /// The image store.
     #[error("cannot read image {image:?}")]
     Image {
@@ -269,6 +272,7 @@ impl SandboxError {
             Self::Guest { source, .. } => source.kind(),
             Self::Vmm { source, .. } => source.kind(),
             Self::Image { source, .. } => source.kind(),
+            Self::Device(error) => error.kind(),
             Self::HostPath(error) => error.kind(),
             Self::Files(error) => error.kind(),
             Self::State(error) => error.kind(),

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | a directory or file of the host | a bind mount of a share of the pod's file server ([`server`]), which works on the host's own file |
 //! | an image | its disk, as for a container's root, read-only |
+//! | (a device of `config.devices`) | a disk, for a block device; otherwise the guest's own device of that name ([`device`]) |
 //!
 //! [`plan`] says, without looking at the host, what a mount asks for; [`host`] finds a host path and takes its tree; the
 //! sandbox's driver puts both together (`sandbox/volumes.rs`). What a container's volumes hold on the host goes with the
 //! container.
 
+pub mod device;
 pub mod host;
 pub mod plan;
 pub mod server;

@@ -71,9 +71,7 @@ pub fn check(config: &cri::ContainerConfig) -> Result<(), SpecError> {
         .and_then(|context| context.namespace_options.as_ref())
         .and_then(|options| options.userns_options.as_ref());
     crate::volume::plan::check_mappings(&config.mounts, user_namespace)?;
-    if let Some(device) = config.devices.first() {
-        return Err(unsupported("config.devices", format!("devices of the host ({:?})", shown(&device.host_path))));
-    }
+    crate::volume::device::plan(&config.devices)?;
     if let Some(device) = config.cdi_devices.first() {
         return Err(unsupported("config.CDI_devices", format!("CDI devices ({:?})", shown(&device.name))));
     }

@@ -42,7 +42,7 @@ fn not_found(id: &ObjectId) -> SandboxError {
 
 impl Driver {
     /// CreateContainer.
-    pub(super) async fn create(&mut self, config: cri::ContainerConfig) -> Result<ObjectId, SandboxError> {
+    pub(super) async fn create(&mut self, mut config: cri::ContainerConfig) -> Result<ObjectId, SandboxError> {
         self.admit(&self.record.id.clone(), Request::CreateContainer)?;
         container::check(&config).map_err(SandboxError::Spec)?;
         let metadata = config.metadata.clone().unwrap_or_default();
@@ -62,6 +62,7 @@ impl Driver {
         let stop_signal = container::stop_signal(&config, &image.config.stop_signal).map_err(SandboxError::Spec)?;
         let target = self.pid_target(&config)?;
         let volumes = volume::plan::plan(&config.mounts).map_err(SandboxError::Spec)?;
+        let devices = volume::device::plan(&config.devices).map_err(SandboxError::Spec)?;
         let mut request =
             create_request(&id, &config, (&image_id, &image.config), &self.record.hostname(), target.as_ref())
                 .map_err(SandboxError::Spec)?;
@@ -70,7 +71,7 @@ impl Driver {
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
         self.attach(&image).await?;
-        let prepared = match self.prepare_volumes(&id, volumes).await {
+        let prepared = match self.prepare_volumes(&id, volumes, devices).await {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.undo_create(&id).await;
@@ -78,6 +79,10 @@ impl Driver {
             }
         };
         request.mounts.extend(prepared.mounts);
+        request.devices.extend(prepared.devices);
+        for (mount, image) in &prepared.images {
+            name_image(&mut config.mounts[*mount], image);
+        }
         let mut client = self.up()?.guest.client();
         let answer = client.create_container(request);
         let created = self.call("CreateContainer", LONG, answer).await;
@@ -165,7 +170,7 @@ impl Driver {
             .into_iter()
             .map(|segment| DiskFile { file: segment.file, offset: segment.offset, length: segment.length })
             .collect();
-        let plugged = vmm::add_disk(up.vm.directory(), &id, files).await;
+        let plugged = vmm::add_disk(up.vm.directory(), &id, true, files).await;
         plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give the image to the VM", source })?;
         let mut client = up.guest.client();
         let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), layers: disk.layers });
@@ -444,6 +449,16 @@ async fn confine(
     let filter = compiled.map_err(|_| SandboxError::Ended)?.map_err(SandboxError::Spec)?;
     (process.seccomp_filter, process.seccomp_flags) = (filter.program, filter.flags);
     Ok(())
+}
+
+/// Names the image of a volume by its id, as the kubelet looks for it before it removes images; what it was called is kept.
+fn name_image(mount: &mut cri::Mount, id: &str) {
+    if let Some(image) = &mut mount.image {
+        let called = std::mem::replace(&mut image.image, id.to_owned());
+        if image.user_specified_image.is_empty() {
+            image.user_specified_image = called;
+        }
+    }
 }
 
 /// Where a container's log goes, beneath the sandbox's directory for logs; none if either part is not given.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use isopod_proto::agent::{self, AttachFileSystemRequest};
+use isopod_proto::agent::{self, AttachDiskRequest, AttachFileSystemRequest};
 use isopod_proto::{DiskId, ObjectId};
 
 use super::driver::Driver;
@@ -10,7 +10,8 @@ use super::{SandboxError, resources};
 use crate::container;
 use crate::grpc::status::chain;
 use crate::guest::LONG;
-use crate::vmm;
+use crate::vmm::{self, DiskFile};
+use crate::volume::device::{self, Taken, Wanted};
 use crate::volume::host;
 use crate::volume::plan::{HostSource, Source, Volume};
 use crate::volume::server::{self, FileServerRecord, Starting};
@@ -19,8 +20,11 @@ use crate::volume::server::{self, FileServerRecord, Starting};
 #[derive(Debug, Default)]
 pub(super) struct Prepared {
     pub mounts: Vec<agent::Mount>,
-    /// Disks of images that are volumes.
+    pub devices: Vec<agent::Device>,
+    /// Disks of images that are volumes, and of devices.
     pub disks: Vec<DiskId>,
+    /// Which mount is of which image, by its id.
+    pub images: Vec<(usize, String)>,
 }
 
 /// What all names of a container's shares begin with.
@@ -29,11 +33,12 @@ fn share_prefix(id: &ObjectId) -> String {
 }
 
 impl Driver {
-    /// Makes the host's side of `volumes`. If that fails, what was made goes with [`Driver::release_volumes`].
+    /// Makes the host's side of `volumes` and `devices`. If that fails, what was made goes with [`Driver::release_volumes`].
     pub(super) async fn prepare_volumes(
         &mut self,
         id: &ObjectId,
         volumes: Vec<Volume>,
+        devices: Vec<Wanted>,
     ) -> Result<Prepared, SandboxError> {
         let mut prepared = Prepared::default();
         for (number, Volume { destination, source }) in volumes.into_iter().enumerate() {
@@ -46,6 +51,7 @@ impl Driver {
                 Source::Image { image, sub_path } => {
                     let image = self.find_image(image).await?;
                     let disk = container::disk_id(&image.id.to_string());
+                    prepared.images.push((number, image.id.to_string()));
                     self.attach(&image).await?;
                     prepared.disks.push(disk.clone());
                     let volume = agent::ImageVolume { disk: disk.to_string(), sub_path };
@@ -54,7 +60,36 @@ impl Driver {
             };
             prepared.mounts.push(agent::Mount { destination, source: Some(source), readonly, mode: 0 });
         }
+        for (number, wanted) in devices.into_iter().enumerate() {
+            let disk = DiskId::parse(&format!("d{}-{number}", id.short())).map_err(|_| SandboxError::Ended)?;
+            let device = self.prepare_device(&disk, wanted).await?;
+            if matches!(device.source, Some(agent::device::Source::Disk(_))) {
+                prepared.disks.push(disk);
+            }
+            prepared.devices.push(device);
+        }
         Ok(prepared)
+    }
+
+    /// Gives a device to the VM, as `disk` if it is one.
+    async fn prepare_device(&mut self, disk: &DiskId, wanted: Wanted) -> Result<agent::Device, SandboxError> {
+        let (path, writable) = (wanted.path.clone(), wanted.writable);
+        let (source, node) = match blocking(move || device::take(&wanted)).await?.map_err(SandboxError::Device)? {
+            Taken::Guest(name, node) => (agent::device::Source::Guest(name), node),
+            Taken::Block(file, length, node) => {
+                let part = DiskFile { file, offset: 0, length };
+                let plugged = vmm::add_disk(self.up()?.vm.directory(), disk, !writable, vec![part]).await;
+                plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give a device to the VM", source })?;
+                // From here on it is taken out when no container has it.
+                self.disks.insert(disk.clone());
+                let mut client = self.up()?.guest.client();
+                let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), layers: 0 });
+                let attached = self.call("AttachDisk", LONG, answer).await;
+                attached.map_err(|source| SandboxError::Guest { doing: "the guest does not find a device", source })?;
+                (agent::device::Source::Disk(disk.to_string()), node)
+            }
+        };
+        Ok(agent::Device { path, source: Some(source), mode: node.mode })
     }
 
     /// Shares a directory or file of the host with the guest. Returns whether nothing in it can be written.

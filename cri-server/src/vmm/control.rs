@@ -37,8 +37,8 @@ pub struct DiskFile {
     pub length: u64,
 }
 
-/// Plugs a read-only disk into the VM whose directory is `directory`.
-pub async fn add_disk(directory: &Path, id: &DiskId, files: Vec<DiskFile>) -> Result<(), VmmError> {
+/// Plugs a disk into the VM whose directory is `directory`.
+pub async fn add_disk(directory: &Path, id: &DiskId, readonly: bool, files: Vec<DiskFile>) -> Result<(), VmmError> {
     if files.len() > MAX_DESCRIPTORS {
         let message = format!("{} segments are more than the {MAX_DESCRIPTORS} a message can carry", files.len());
         return Err(VmmError::Refused { doing: "add a disk", kind: ErrorKind::InvalidArgument, message });
@@ -48,7 +48,7 @@ pub async fn add_disk(directory: &Path, id: &DiskId, files: Vec<DiskFile>) -> Re
         .enumerate()
         .map(|(index, part)| Segment { fd: index as i32, offset: part.offset, length: part.length })
         .collect();
-    let disk = Disk { id: id.as_str().to_owned(), readonly: true, segments };
+    let disk = Disk { id: id.as_str().to_owned(), readonly, segments };
     let files = files.into_iter().map(|part| part.file).collect();
     done("add a disk", directory, Request::AddDisk(AddDisk { disk: Some(disk) }), files).await
 }
@@ -179,7 +179,7 @@ mod tests {
         let vmm = fake_vmm(directory.path(), Reply::Done(isopod_proto::vmm::Done {}));
         let part = |offset| DiskFile { file: tempfile::tempfile().expect("a file"), offset, length: 512 };
         let id = DiskId::parse("img-0123456789abcdef").expect("an id");
-        add_disk(directory.path(), &id, vec![part(0), part(512)]).await.expect("done");
+        add_disk(directory.path(), &id, true, vec![part(0), part(512)]).await.expect("done");
         let (request, descriptors) = vmm.join().expect("no panic");
         let Some(Request::AddDisk(AddDisk { disk: Some(disk) })) = request.request else { panic!("an AddDisk") };
         assert_eq!((descriptors, disk.segments.len(), disk.segments[1].fd), (2, 2, 1));
