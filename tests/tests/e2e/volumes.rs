@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use isopod_cri_server::cri::{self, MountPropagation};
-use isopod_tests::fixture::{TestPod, eventually, shell, unique};
+use isopod_tests::fixture::{BUSYBOX, TestPod, eventually, shell, unique};
 use tonic::Code;
 
 /// A directory of the host's, removed with all that is mounted in it.
@@ -212,6 +212,105 @@ async fn a_volume_that_cannot_be_had_is_refused_by_its_name() -> anyhow::Result<
     }
     // Nothing is left behind that would be in the way.
     assert_eq!(pod.script("echo fine").await?, "fine\n");
+    pod.remove().await?;
+    Ok(())
+}
+
+const MULTI: &str = "docker.io/isopod/multi:latest";
+
+fn image_volume(image: &str, sub_path: &str, container: &str) -> cri::Mount {
+    cri::Mount {
+        image: Some(cri::ImageSpec { image: image.to_owned(), ..Default::default() }),
+        image_sub_path: sub_path.to_owned(),
+        container_path: container.to_owned(),
+        readonly: true,
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn images_are_volumes_and_block_devices_are_devices() -> anyhow::Result<()> {
+    let pod = TestPod::run("images").await?;
+    pod.cri.pull(MULTI).await?;
+    let host = HostDirectory::new("device")?;
+    fs::write(host.path("disk"), [b"on the host's disk\n".as_slice(), &vec![0; 1 << 20]].concat())?;
+    let found = Command::new("losetup").args(["--show", "-f"]).arg(host.path("disk")).output()?;
+    ensure!(found.status.success(), "losetup: {}", String::from_utf8_lossy(&found.stderr));
+    let disk = String::from_utf8(found.stdout)?.trim().to_owned();
+    let device = |container: &str, host: &str, permissions: &str| cri::Device {
+        container_path: container.to_owned(),
+        host_path: host.to_owned(),
+        permissions: permissions.to_owned(),
+    };
+    let mut config = shell("images", "exec sleep 1000");
+    config.mounts = vec![
+        image_volume(BUSYBOX, "", "/busybox"),
+        image_volume(MULTI, "data", "/multi"),
+        image_volume(MULTI, "data/link-to-dir", "/linked"),
+    ];
+    config.devices = vec![
+        device("/dev/data/disk", &disk, "rwm"),
+        device("/dev/readonly", &disk, "r"),
+        device("/dev/net/tun", "/dev/net/tun", "rwm"),
+    ];
+    let container = pod.start(config).await?;
+
+    // All layers together, and nothing to write.
+    assert_eq!(
+        container.sh("/busybox/bin/busybox echo run; cat /multi/keep; ls /multi/removed 2>&1 | wc -l").await?,
+        "run\nkept\n1\n"
+    );
+    assert_eq!(container.sh("ls -d /multi/replaced /linked/sub").await?, "/linked/sub\n/multi/replaced\n");
+    for path in ["/busybox/x", "/multi/x", "/linked/x"] {
+        let refused = container.exec(&["touch", path]).await?;
+        assert!(refused.stderr.contains("Read-only file system"), "{path}: {}", refused.stderr);
+    }
+    let mounts = container.status().await?.mounts;
+    let image = mounts[1].image.clone().context("an image")?;
+    assert!(image.image.starts_with("sha256:"), "the kubelet looks for the id: {image:?}");
+    assert_eq!(image.user_specified_image, MULTI);
+
+    // The host's bytes, and the host gets what is written.
+    assert_eq!(
+        container.sh("head -n 1 /dev/data/disk; head -n 1 /dev/readonly").await?,
+        "on the host's disk\n".repeat(2)
+    );
+    let refused = container.exec(&["sh", "-c", "echo no > /dev/readonly"]).await?;
+    assert_ne!(refused.code, 0, "{refused:?}");
+    container.sh("printf guest | dd of=/dev/data/disk conv=notrunc,fsync 2>/dev/null").await?;
+    let node = container.sh("ls -l /dev/net/tun").await?;
+    assert!(node.starts_with('c') && node.contains("10, 200") || node.contains("10,  200"), "{node}");
+    container.stop(0).await?;
+    container.remove().await?;
+    assert!(fs::read(&disk)?.starts_with(b"guesthe host's disk"));
+
+    // With the container everything is given back, so that it can be had again.
+    let status = Command::new("losetup").args(["-d", &disk]).status()?;
+    assert!(status.success());
+    let mut config = shell("again", "cat /multi/keep");
+    config.mounts = vec![image_volume(MULTI, "data", "/multi")];
+    let (status, lines) = pod.run_to_end(config).await?;
+    assert_eq!((status.exit_code, lines[0].text()), (0, "kept\n".to_owned()));
+
+    for (devices, mounts, code, word) in [
+        (vec![device("/dev/x", "/dev/kmsg", "rwm")], vec![], Code::Unimplemented, "/dev/kmsg"),
+        (vec![device("/dev/x", "/dev/no-such", "rwm")], vec![], Code::NotFound, "/dev/no-such"),
+        (vec![device("/data", "/dev/null", "rwm")], vec![], Code::InvalidArgument, "container_path"),
+        (vec![], vec![image_volume("no.example/such:image", "", "/x")], Code::NotFound, "no.example"),
+        (vec![], vec![image_volume(MULTI, "no/such/path", "/x")], Code::NotFound, "no/such/path"),
+        (
+            vec![],
+            vec![cri::Mount { readonly: false, ..image_volume(MULTI, "", "/x") }],
+            Code::InvalidArgument,
+            "readonly",
+        ),
+    ] {
+        let mut config = shell("refused", "true");
+        (config.devices, config.mounts) = (devices, mounts);
+        let status = pod.create(config).await.err().context("refused")?;
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(word), "{status}");
+    }
     pod.remove().await?;
     Ok(())
 }
