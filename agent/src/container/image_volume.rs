@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
+use isopod_proto::ErrorKind;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 
@@ -26,7 +27,10 @@ pub fn mount(layers: &[PathBuf], sub_path: &str, place: &Path) -> Result<String>
     let text = || format!("find {sub_path:?} in the image");
     let root =
         rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).context(text)?;
-    let found = beneath::open(root.as_fd(), sub_path, OFlags::PATH).context(text)?;
+    // Whatever it is that fails: the image does not have it.
+    let found = beneath::open(root.as_fd(), sub_path, OFlags::PATH)
+        .context(text)
+        .map_err(|error| error.with_kind(ErrorKind::NotFound))?;
     let path = fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd())).context(text)?;
     path.into_os_string().into_string().map_err(|_| Error::invalid(format!("{sub_path:?} is a path that is not UTF-8")))
 }
