@@ -204,7 +204,7 @@ impl<S: AsyncRead> Reader<S> {
     }
 
     fn open(&mut self, id: u32, fin: bool, headers: Headers) -> Result<(), ConnectionError> {
-        if id % 2 == 0 || id <= self.last {
+        if id.is_multiple_of(2) || id <= self.last {
             return Err(ConnectionError::StreamId(id));
         }
         self.last = id;
