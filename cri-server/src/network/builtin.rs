@@ -43,6 +43,19 @@ enum Families {
     Dual,
 }
 
+/// Refuses host ports that no rule of this network could serve.
+fn servable(ports: &[HostPort]) -> Result<(), NetworkError> {
+    let refusal = ports.iter().find_map(|port| {
+        if port.protocol == Protocol::Sctp {
+            return Some(format!("host port {port}: guests have no SCTP"));
+        }
+        // Unlike 127.0.0.1, ::1 is never forwarded: there is no route_localnet for IPv6.
+        let is_loopback = port.host_ip == Some(Ipv6Addr::LOCALHOST.into());
+        is_loopback.then(|| format!("host port {port}: the kernel forwards nothing that was sent to ::1"))
+    });
+    refusal.map_or(Ok(()), |what| Err(NetworkError::Unsupported { what }))
+}
+
 impl Builtin {
     /// The network that `config` describes. Nothing is made before [`Self::prepare`] or the first pod.
     pub fn new(config: NetworkConfig, store: Store) -> Self {
@@ -57,9 +70,7 @@ impl Builtin {
         pod: &str,
         ports: Vec<HostPort>,
     ) -> Result<Attachment, NetworkError> {
-        if let Some(port) = ports.iter().find(|port| port.protocol == Protocol::Sctp) {
-            return Err(NetworkError::Unsupported { what: format!("host port {port}: guests have no SCTP") });
-        }
+        servable(&ports)?;
         let mut state = self.state.lock().await;
         let families = self.prepare_locked(&mut state).await?;
         if let Some((owner, claim, port)) = conflict(&state.claims, sandbox, &ports) {
@@ -228,4 +239,25 @@ fn default_route(gateway: IpAddr) -> PodRoute {
         IpAddr::V6(_) => Ipv6Net::default().into(),
     };
     PodRoute { destination, gateway: Some(gateway) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_ports_that_no_rule_can_serve_are_refused_by_name() {
+        let port = |protocol, host_ip: &str| HostPort {
+            protocol,
+            host_ip: host_ip.parse().ok(),
+            host_port: 8080,
+            container_port: 80,
+        };
+        assert!(
+            servable(&[port(Protocol::Tcp, ""), port(Protocol::Udp, "::"), port(Protocol::Tcp, "127.0.0.1")]).is_ok()
+        );
+        for (bad, words) in [(port(Protocol::Sctp, ""), "SCTP"), (port(Protocol::Tcp, "::1"), "::1")] {
+            assert!(servable(&[bad]).expect_err("refused").to_string().contains(words));
+        }
+    }
 }
