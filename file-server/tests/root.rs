@@ -1,4 +1,5 @@
 //! The whole program: broker, jail, shares, as the daemon and a guest's VMM would use them. Needs root.
+#![allow(clippy::unwrap_used, reason = "unwrap is how a test fails")]
 
 use std::fs;
 use std::io::{IoSlice, Read, Write};

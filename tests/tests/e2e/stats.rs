@@ -54,12 +54,12 @@ async fn counters_of_a_container_and_its_pod_are_true() -> anyhow::Result<()> {
     container.sh("n=0; while [ $n -lt 20000 ]; do n=$((n+1)); done").await?;
     tokio::time::sleep(Duration::from_millis(1100)).await;
     let seen = stats(&pod.cri, &container.id).await?;
-    let cpu = seen.cpu.clone().context("no cpu")?;
+    let cpu = seen.cpu.context("no cpu")?;
     let before = number(first.cpu.context("no cpu")?.usage_core_nano_seconds)?;
     ensure!(number(cpu.usage_core_nano_seconds)? > before && cpu.timestamp > 0, "{cpu:?}");
     ensure!(number(cpu.usage_nano_cores)? > 0, "{cpu:?}");
     ensure!(cpu.psi.and_then(|psi| psi.some).is_some(), "the guest's kernel has pressure information");
-    let memory = seen.memory.clone().context("no memory")?;
+    let memory = seen.memory.context("no memory")?;
     let (used, set) = (number(memory.usage_bytes)?, number(memory.working_set_bytes)?);
     ensure!(set > 0 && set <= used && used <= LIMIT && number(memory.rss_bytes)? < LIMIT, "{memory:?}");
     ensure!(number(memory.available_bytes)? == LIMIT - set && number(memory.page_faults)? > 0, "{memory:?}");
@@ -86,9 +86,9 @@ async fn counters_of_a_container_and_its_pod_are_true() -> anyhow::Result<()> {
     let ids = |list: &[cri::PodSandboxStats]| -> Vec<String> {
         list.iter().filter_map(|stats| stats.attributes.as_ref()).map(|it| it.id.clone()).collect()
     };
-    ensure!(ids(&listed) == [pod.id.clone()]);
+    ensure!(ids(&listed) == std::slice::from_ref(&pod.id));
     let mut stream = runtime.stream_pod_sandbox_stats(cri::StreamPodSandboxStatsRequest { filter }).await?.into_inner();
-    ensure!(ids(&stream.message().await?.context("no message")?.pod_sandbox_stats) == [pod.id.clone()]);
+    ensure!(ids(&stream.message().await?.context("no message")?.pod_sandbox_stats) == std::slice::from_ref(&pod.id));
     ensure!(stream.message().await?.is_none());
 
     let other =
