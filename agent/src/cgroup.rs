@@ -291,6 +291,19 @@ fn checked_name(name: &str) -> Result<&str> {
 }
 
 #[cfg(test)]
+impl Cgroup {
+    /// A directory of files stands for the cgroup; nothing in it is reclaimed.
+    pub(crate) fn of_files(files: &[(&str, &str)]) -> (tempfile::TempDir, Self) {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        let cgroup = Self::open(directory.path().to_owned()).unwrap();
+        (directory, cgroup)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -356,19 +369,9 @@ mod tests {
         assert_eq!(swap_text(-1, 2).unwrap(), "max");
     }
 
-    /// A directory of files stands for the cgroup; nothing in it is reclaimed.
-    fn files(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
-        let directory = tempfile::tempdir().unwrap();
-        for (name, text) in files {
-            fs::write(directory.path().join(name), text).unwrap();
-        }
-        let cgroup = Cgroup::open(directory.path().to_owned()).unwrap();
-        (directory, cgroup)
-    }
-
     #[test]
     fn a_memory_limit_below_what_is_used_changes_nothing() {
-        let (_directory, cgroup) = files(&[
+        let (_directory, cgroup) = Cgroup::of_files(&[
             ("memory.current", "5000\n"),
             ("memory.max", "max"),
             ("cpu.weight", "100"),
@@ -394,7 +397,7 @@ mod tests {
 
     #[test]
     fn settings_before_a_refused_one_get_their_old_values_back() {
-        let (directory, cgroup) = files(&[("cpu.weight", "100\n"), ("memory.current", "0")]);
+        let (directory, cgroup) = Cgroup::of_files(&[("cpu.weight", "100\n"), ("memory.current", "0")]);
         fs::create_dir(directory.path().join("memory.max")).unwrap();
         let resources = Resources { cpu_shares: Some(1024), memory_limit_bytes: Some(1 << 20), ..Resources::default() };
         assert!(cgroup.update(&settings(&resources).unwrap()).is_err());
@@ -403,7 +406,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_missing_is_named_unless_it_may_be() {
-        let (directory, cgroup) = files(&[("memory.max", "max"), ("memory.current", "0")]);
+        let (directory, cgroup) = Cgroup::of_files(&[("memory.max", "max"), ("memory.current", "0")]);
         // A guest has no swap: its limit has no file, and nothing to limit.
         let swap =
             Resources { memory_limit_bytes: Some(4096), memory_swap_limit_bytes: Some(4096), ..Resources::default() };

@@ -260,20 +260,7 @@ mod tests {
     }
 
     fn created(sandbox: &ObjectId) -> ContainerRecord {
-        ContainerRecord {
-            id: ObjectId::from_random([2; 32]),
-            sandbox: sandbox.clone(),
-            config: cri::ContainerConfig::default(),
-            image_id: "sha256:00".into(),
-            layers: 1,
-            created_at: 1,
-            state: ContainerState::Created,
-            log_path: None,
-            volume_disks: Vec::new(),
-            stop_signal: 15,
-            user: None,
-            process: Vec::new(),
-        }
+        ContainerRecord::for_tests(ObjectId::from_random([2; 32]), sandbox.clone())
     }
 
     #[tokio::test]

@@ -29,6 +29,13 @@ pub struct ActivateError {
     pub source: io::Error,
 }
 
+impl ActivateError {
+    /// The error of a device whose worker does not start.
+    pub fn no_worker(device: String) -> impl Fn(io::Error) -> Self {
+        move |source| Self { device: device.clone(), what: "its worker cannot be started", source }
+    }
+}
+
 /// Raises a device's interrupts. Calls never block.
 pub trait Interrupt: Send + Sync {
     /// Tells the driver that queue `index` has used buffers.

@@ -87,33 +87,23 @@ pub fn device_name(major: u32, minor: u32) -> String {
 mod tests {
     use super::*;
 
-    /// A cgroup is a directory of files; this one has those that are given.
-    fn cgroup(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
-        let directory = tempfile::tempdir().unwrap();
-        for (name, text) in files {
-            fs::write(directory.path().join(name), text).unwrap();
-        }
-        let cgroup = Cgroup::open(directory.path().to_owned()).unwrap();
-        (directory, cgroup)
-    }
-
     #[test]
     fn what_the_kernel_does_not_give_is_absent() {
-        let (_directory, cgroup) = cgroup(&[]);
+        let (_directory, cgroup) = Cgroup::of_files(&[]);
         let stats = read(&cgroup, &CpuRate::default(), false);
         assert_eq!(stats, CgroupStats { processes: Some(0), ..CgroupStats::default() });
     }
 
     #[test]
     fn no_swap_is_known_not_to_be_used() {
-        let (_directory, cgroup) = cgroup(&[]);
+        let (_directory, cgroup) = Cgroup::of_files(&[]);
         let stats = read(&cgroup, &CpuRate::default(), true);
         assert_eq!((stats.swap_usage_bytes, stats.swap_limit_bytes), (Some(0), Some(0)));
     }
 
     #[test]
     fn every_file_has_its_fields() {
-        let (_directory, cgroup) = cgroup(&[
+        let (_directory, cgroup) = Cgroup::of_files(&[
             (
                 "cpu.stat",
                 "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 3\nnr_throttled 2\nthrottled_usec 1\n",

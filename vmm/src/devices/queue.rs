@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Chain;
-use crate::virtio::{ActiveQueue, GuestMemory, Interrupt};
+use crate::virtio::{Activation, ActiveQueue, GuestMemory, Interrupt};
 
 /// Most chains served without a look at the worker's other descriptors.
 const BATCH: u16 = 32;
@@ -60,6 +60,13 @@ pub(super) struct DeviceQueue {
 }
 
 impl DeviceQueue {
+    /// Takes over all queues of a device, and gives them with the interrupt that their worker tells of its end.
+    pub fn take_over(activation: Activation) -> (Vec<Self>, Arc<dyn Interrupt>) {
+        let Activation { memory, features, queues, interrupt } = activation;
+        let queues = queues.into_iter().map(|queue| Self::new(queue, features, &memory, &interrupt)).collect();
+        (queues, interrupt)
+    }
+
     /// Takes over a queue the driver has set up. `features` are those agreed on.
     pub fn new(active: ActiveQueue, features: u64, memory: &GuestMemory, interrupt: &Arc<dyn Interrupt>) -> Self {
         let ActiveQueue { index, mut queue, notify } = active;

@@ -71,11 +71,10 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let failed = |source| ActivateError { device: self.name(), what: "its worker cannot be started", source };
-        let queues = queues.into_iter().map(|queue| DeviceQueue::new(queue, features, &memory, &interrupt)).collect();
+        let (queues, interrupt) = DeviceQueue::take_over(activation);
         let handler = RngWorker { queues, chain: Chain::default() };
-        self.worker = Some(Worker::spawn("rng", interrupt, self.log.clone(), handler).map_err(failed)?);
+        let worker = Worker::spawn("rng", interrupt, self.log.clone(), handler);
+        self.worker = Some(worker.map_err(ActivateError::no_worker(self.name()))?);
         Ok(())
     }
 

@@ -143,16 +143,11 @@ impl VirtioDevice for Block {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let queues = queues.into_iter().map(|queue| DeviceQueue::new(queue, features, &memory, &interrupt)).collect();
+        let (queues, interrupt) = DeviceQueue::take_over(activation);
         let worker = BlockWorker { queues, target: Arc::clone(&self.target), chain: Chain::default() };
         let name = self.name();
-        let worker = Worker::spawn(&name, interrupt, self.log.clone(), worker).map_err(|source| ActivateError {
-            device: name,
-            what: "its worker cannot be started",
-            source,
-        })?;
-        self.worker = Some(worker);
+        let worker = Worker::spawn(&name, interrupt, self.log.clone(), worker);
+        self.worker = Some(worker.map_err(ActivateError::no_worker(name))?);
         Ok(())
     }
 

@@ -89,10 +89,10 @@ impl Net {
     }
 
     fn start(&self, activation: Activation) -> Result<Worker, (&'static str, io::Error)> {
-        let Activation { memory, features, queues, interrupt } = activation;
+        let features = activation.features;
         tap::set_offloads(&self.tap, offloads(features)).map_err(|error| ("TUNSETOFFLOAD failed", error))?;
         let failed = |error| ("its worker cannot be started", error);
-        let queues = queues.into_iter().map(|queue| DeviceQueue::new(queue, features, &memory, &interrupt)).collect();
+        let (queues, interrupt) = DeviceQueue::take_over(activation);
         let tap = self.tap.try_clone().map_err(failed)?;
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let worker = NetWorker::new(queues, tap, mergeable).map_err(failed)?;

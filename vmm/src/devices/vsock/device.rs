@@ -70,9 +70,8 @@ impl Vsock {
     }
 
     fn start(&self, activation: Activation) -> io::Result<Worker> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let mut queues =
-            queues.into_iter().map(|queue| DeviceQueue::new(queue, features, &memory, &interrupt)).peekable();
+        let (queues, interrupt) = DeviceQueue::take_over(activation);
+        let mut queues = queues.into_iter().peekable();
         let mut take = |index| queues.next_if(|queue| queue.index() == index);
         let (Some(rx), Some(tx)) = (take(0), take(1)) else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the driver did not enable both data queues"));
@@ -115,8 +114,7 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let failed = |source| ActivateError { device: self.name(), what: "its worker cannot be started", source };
-        self.worker = Some(self.start(activation).map_err(failed)?);
+        self.worker = Some(self.start(activation).map_err(ActivateError::no_worker(self.name()))?);
         Ok(())
     }
 
