@@ -22,7 +22,8 @@ pub struct Identity {
     pub uid: u32,
     /// Group id.
     pub gid: u32,
-    /// Supplemental groups, without repetition.
+    /// Supplemental groups, without repetition. The first is the group id: a process that could drop it, as a set-group-id
+    /// program can, would get past files that deny their group what they allow others (CVE-2022-36109).
     pub groups: Vec<u32>,
     /// Home directory, if passwd knows the user.
     pub home: Option<String>,
@@ -80,6 +81,7 @@ fn resolve_in(passwd: &[u8], group: &[u8], request: &User) -> Result<Identity> {
             groups.push(gid);
         }
     };
+    add(gid);
     // With a group of its own in the request a process still has the groups of its user, unless that is asked not to be.
     if let (Some(entry), false) = (&entry, *strict_groups) {
         groups_of(group, &entry.name).for_each(&mut add);
@@ -165,13 +167,13 @@ mod tests {
 
     #[test]
     fn users_and_groups_are_found_by_name_and_number() {
-        assert_eq!(ids(""), (0, 0, vec![6]));
-        assert_eq!(ids("web"), (33, 34, vec![6, 29]));
-        assert_eq!(ids("33"), (33, 34, vec![6, 29]));
-        assert_eq!(ids("web:staff"), (33, 50, vec![6, 29]));
-        assert_eq!(ids("web:77"), (33, 77, vec![6, 29]));
-        assert_eq!(ids("4242"), (4242, 0, vec![]));
-        assert_eq!(ids("4242:4343"), (4242, 4343, vec![]));
+        assert_eq!(ids(""), (0, 0, vec![0, 6]));
+        assert_eq!(ids("web"), (33, 34, vec![34, 6, 29]));
+        assert_eq!(ids("33"), (33, 34, vec![34, 6, 29]));
+        assert_eq!(ids("web:staff"), (33, 50, vec![50, 6, 29]));
+        assert_eq!(ids("web:77"), (33, 77, vec![77, 6, 29]));
+        assert_eq!(ids("4242"), (4242, 0, vec![0]));
+        assert_eq!(ids("4242:4343"), (4242, 4343, vec![4343]));
         assert_eq!(ids("1000").0, 7, "a name of digits goes before the number");
     }
 
@@ -189,9 +191,9 @@ mod tests {
     #[test]
     fn strict_groups_leave_the_images_out() {
         let mut user = User { supplemental_groups: vec![5, 5, 29], ..request("web") };
-        assert_eq!(resolve_in(PASSWD, GROUP, &user).unwrap().groups, [6, 29, 5]);
+        assert_eq!(resolve_in(PASSWD, GROUP, &user).unwrap().groups, [34, 6, 29, 5]);
         user.strict_groups = true;
-        assert_eq!(resolve_in(PASSWD, GROUP, &user).unwrap().groups, [5, 29]);
+        assert_eq!(resolve_in(PASSWD, GROUP, &user).unwrap().groups, [34, 5, 29]);
     }
 
     #[test]

@@ -20,7 +20,6 @@ PASSWD = """root:x:0:0:root:/root:/bin/sh
 daemon:x:1:1:daemon:/usr/sbin:/bin/false
 www-data:x:33:33:www-data:/var/www:/bin/false
 app:x:1000:1000:app:/home/app:/bin/sh
-default-user:x:1001:1000::/home/default-user:/bin/sh
 nobody:x:65534:65534:nobody:/home:/bin/false
 """
 
@@ -32,7 +31,6 @@ www-data:x:33:
 users:x:100:app
 app:x:1000:
 extra:x:2000:app,www-data
-group-defined-in-image:x:50000:default-user
 nogroup:x:65534:
 """
 
@@ -160,11 +158,17 @@ def user_images(layout, busybox):
         "user-username": "www-data",
         "user-uid-group": "1003:users",
         "user-username-group": "www-data:www-data",
-        "predefined-group": "default-user",
         "user-missing": "nobody-knows",
     }
     for name, user in users.items():
         layout.image(name, [busybox], {"Cmd": ["sh"], "User": user})
+
+    # As the Dockerfile of critest's image makes it.
+    grouped = Layer("gzip")
+    grouped.file("etc/passwd", "root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/home:/bin/sh\n")
+    groups = ["root:x:0:", "default-user:x:1000:", "group-defined-in-image:x:50000:default-user"]
+    grouped.file("etc/group", "".join(f"{group}\n" for group in groups))
+    layout.image("predefined-group", [busybox, grouped], {"Cmd": ["sh"], "User": "1000"})
 
 
 def numbered_images(layout, busybox):

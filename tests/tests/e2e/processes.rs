@@ -44,6 +44,9 @@ async fn users_and_groups_are_those_asked_for() -> anyhow::Result<()> {
     secured(security)(&mut config);
     let user = pod.start(config).await?.status().await?.user.and_then(|user| user.linux).unwrap_or_default();
     assert_eq!((user.uid, user.gid), (1000, 1000), "the status tells the user");
+    let mut groups = user.supplemental_groups;
+    groups.sort_unstable();
+    assert_eq!(groups, [100, 1000, 2000], "and its groups, its own among them");
     pod.remove().await?;
     Ok(())
 }
