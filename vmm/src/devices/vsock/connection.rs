@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::handshake::REFUSED;
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::stream::{Host, HostStream, ReadOutcome};
 
@@ -130,7 +131,10 @@ impl Connection {
                 host.send_own(format!("OK {}\n", self.key.host_port).as_bytes());
                 Verdict::Keep
             }
-            (Phase::Requested { .. }, Op::Rst) => Verdict::Abort { answer_rst: false },
+            (Phase::Requested { .. }, Op::Rst) => {
+                host.send_own(REFUSED);
+                Verdict::Abort { answer_rst: false }
+            }
             (Phase::Open | Phase::Closing { .. }, Op::Rst) => Verdict::Close { answer_rst: false },
             (Phase::Open | Phase::Closing { .. }, Op::CreditUpdate) => Verdict::Keep,
             (Phase::Open, Op::CreditRequest) => {

@@ -3,6 +3,11 @@
 /// Most bytes of the line, its end included.
 pub(super) const MAX_LINE: usize = 32;
 
+/// The answer when the guest refuses a connection.
+pub(super) const REFUSED: &[u8] = b"REFUSED\n";
+/// The answer when the guest gives none in time.
+pub(super) const TIMEOUT: &[u8] = b"TIMEOUT\n";
+
 /// What the host's side asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::connection::{ANSWER_DEADLINE, Connection, Key, Outgoing, Phase, Verdict};
-use super::handshake::{Command, Line, Progress};
+use super::handshake::{Command, Line, Progress, TIMEOUT};
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 use super::stream::{Host, HostStream, ReadOutcome, Readiness};
 
@@ -414,6 +414,11 @@ impl<S: HostStream> Muxer<S> {
             }
         }
         for token in late {
+            if let Some(Socket { host, role: Role::Connected(connection) }) = self.sockets.get_mut(&token)
+                && matches!(connection.phase, Phase::Requested { .. })
+            {
+                host.send_own(TIMEOUT);
+            }
             self.abort(token);
         }
         if early {

@@ -129,6 +129,7 @@ fn a_refused_connection_is_closed() {
     let mut host = Guest::connect(&guest.directory, "CONNECT 9\n");
     let (request, _) = guest.receive();
     guest.send(Op::Rst, 9, request.src_port, 0, &[]);
+    assert_eq!(read_line(&mut host), "REFUSED\n");
     assert_eq!(host.read(&mut [0]).unwrap(), 0);
     let mut host = Guest::connect(&guest.directory, "HELO\n");
     assert_eq!(host.read(&mut [0]).unwrap(), 0);

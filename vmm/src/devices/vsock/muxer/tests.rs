@@ -160,6 +160,7 @@ fn half_open_connections_end_at_their_deadlines() {
     assert!(!silent.borrow().device_closed && !requested.borrow().device_closed);
     world.pass(TICK);
     assert!(silent.borrow().device_closed && requested.borrow().device_closed);
+    assert_eq!((silent.borrow().to_program.len(), &requested.borrow().to_program), (0, &VecDeque::from(*b"TIMEOUT\n")));
     assert_eq!(world.next(0).unwrap().0.op, Op::Rst);
     // Waiting to accept has no end of its own, and needs no ticks.
     world.pass(Duration::from_secs(3600));
