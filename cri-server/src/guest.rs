@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
 
-use crate::vmm::Vm;
+use crate::vmm::{Vm, threads};
 
 pub use stream::{Input, Output};
 
@@ -115,15 +115,20 @@ pub enum GuestError {
 }
 
 impl GuestError {
-    /// This error of `call`, or the end of `vm` if that is what it comes of.
+    /// This error of `call`, or the end of `vm` if that is what it comes of. What a VM does whose guest does not answer is logged.
     pub async fn or_end_of(self, vm: &Vm, call: &'static str) -> Self {
-        if self.kind() != ErrorKind::Unavailable {
-            return self;
+        match self.kind() {
+            ErrorKind::Unavailable => {
+                if let Ok(end) = timeout(END_GRACE, vm.ended()).await {
+                    return Self::VmEnded { call, message: end.message.clone(), console: end.console.clone() };
+                }
+            }
+            ErrorKind::DeadlineExceeded => {}
+            _ => return self,
         }
-        match timeout(END_GRACE, vm.ended()).await {
-            Ok(end) => Self::VmEnded { call, message: end.message.clone(), console: end.console.clone() },
-            Err(_) => self,
-        }
+        let threads = threads(vm.identity().pid);
+        tracing::warn!(call, threads, "a guest whose VM runs does not answer");
+        self
     }
 
     /// What sort of failure it is.

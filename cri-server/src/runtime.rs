@@ -235,7 +235,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, RawConfig};
-    use crate::container::{ContainerRecord, ContainerState};
+    use crate::container::ContainerRecord;
     use crate::guest::GuestError;
     use crate::index::Index;
     use crate::network::Network;

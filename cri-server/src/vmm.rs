@@ -13,6 +13,7 @@
 
 mod control;
 mod process;
+mod threads;
 
 use std::io;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ pub(crate) use control::exchange;
 pub use control::{DiskFile, add_disk, add_file_system, console, remove_disk, stop};
 pub(crate) use process::start_time;
 pub use process::{BootDisk, Configuration, Vm, VmSpec};
+pub use threads::threads;
 
 /// Name of the control socket in a VM's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
