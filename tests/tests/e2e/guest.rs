@@ -1,7 +1,7 @@
 //! The machine a pod is: its kernel, processors, memory and disks.
 
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{BUSYBOX, Cri, TestPod, shell};
+use isopod_tests::fixture::{BUSYBOX, Daemon, TestPod, shell};
 
 #[tokio::test]
 async fn a_pod_has_a_kernel_and_memory_of_its_own() -> anyhow::Result<()> {
@@ -21,16 +21,25 @@ async fn a_pod_has_a_kernel_and_memory_of_its_own() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_pod_with_limits_gets_their_processors_and_memory() -> anyhow::Result<()> {
-    let cri = Cri::shared().await?;
+    let settings = |config: &mut toml::Table| {
+        let vmm = config.get_mut("vmm").and_then(toml::Value::as_table_mut).expect("tests/lib.sh writes this section");
+        vmm.insert("vcpus".into(), 2.into());
+    };
+    let daemon = Daemon::start(settings).await?;
+    let cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
-    let mut config = TestPod::config("smp");
-    config.linux.get_or_insert_default().resources = Some(cri::LinuxContainerResources {
-        cpu_period: 100_000,
-        cpu_quota: 200_000,
-        memory_limit_in_bytes: 512 << 20,
-        ..Default::default()
-    });
-    let pod = TestPod::run_with(&cri, config).await?;
+    let limited = |stem: &str, limits| {
+        let mut config = TestPod::config(stem);
+        config.linux.get_or_insert_default().resources = Some(limits);
+        config
+    };
+    let one = cri::LinuxContainerResources { cpu_period: 100_000, cpu_quota: 90_000, ..Default::default() };
+    let pod = TestPod::run_with(&cri, limited("up", one)).await?;
+    assert_eq!(pod.script("nproc").await?, "1\n", "less than the daemon's setting");
+    pod.remove().await?;
+
+    let memory = cri::LinuxContainerResources { memory_limit_in_bytes: 512 << 20, ..Default::default() };
+    let pod = TestPod::run_with(&cri, limited("smp", memory)).await?;
     let seen = pod.script("nproc; awk '/^MemTotal/ {print $2}' /proc/meminfo").await?;
     let lines: Vec<&str> = seen.lines().collect();
     assert_eq!(lines[0], "2");
