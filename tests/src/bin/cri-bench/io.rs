@@ -1,5 +1,8 @@
-//! Logs, volumes, disks and the network. fio and iperf3 are the node's own, run in a container that sees the node's root.
+//! Logs, port-forward, volumes, disks and the network. fio and iperf3 are the node's own, run in a container that sees the node's root.
 
+use std::io::Read as _;
+use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,12 +13,15 @@ use isopod_tests::fixture::{Cri, TestContainer, TestPod, eventually, shell};
 use super::Figure;
 
 const LOG_BYTES: usize = 16 << 20;
+const FORWARDED_MIB: usize = 32;
+/// The node's end of what is forwarded.
+const FORWARDED_PORT: u16 = 20_080;
 const FILE_MIB: u32 = 64;
 /// Where fio's file is, on the node's disk.
 const VOLUME: &str = "/run/disk/bench-volume";
 
-pub async fn measure(cri: &Cri) -> Result<Vec<Figure>> {
-    let mut figures = vec![log(cri).await?];
+pub async fn measure(cri: &Cri, socket: &Path) -> Result<Vec<Figure>> {
+    let mut figures = vec![log(cri).await?, port_forward(cri, socket).await?];
     std::fs::create_dir_all(VOLUME)?;
     let pod = TestPod::run_with(cri, TestPod::config("bench-io")).await?;
     let mut config = shell("bench", "mkdir -p /scratch && exec sleep 10000");
@@ -60,6 +66,41 @@ async fn log(cri: &Cri) -> Result<Figure> {
     ensure!(written.abs_diff(LOG_BYTES) <= 1, "the log has {written} of {LOG_BYTES} bytes");
     pod.remove().await?;
     Ok(Figure::throughput("log of a container", LOG_BYTES as f64, seconds))
+}
+
+/// From the pod to the node through crictl, which speaks SPDY.
+async fn port_forward(cri: &Cri, socket: &Path) -> Result<Figure> {
+    let pod = TestPod::run_with(cri, TestPod::config("bench-forward")).await?;
+    let serve = format!("while :; do head -c {} /dev/zero | nc -l -p 8080; done", FORWARDED_MIB << 20);
+    let _container = pod.start(shell("bench", &serve)).await?;
+    let mut crictl = Command::new("crictl")
+        .args(["--runtime-endpoint", &format!("unix://{}", socket.display()), "port-forward", "--transport", "spdy"])
+        .args([pod.id.as_str(), &format!("{FORWARDED_PORT}:8080")])
+        .stdout(Stdio::null())
+        .spawn()
+        .context("crictl")?;
+    let fetched = eventually("forwarded bytes", Duration::from_secs(60), async || {
+        tokio::task::spawn_blocking(fetch).await.ok()?.ok()
+    })
+    .await;
+    crictl.kill()?;
+    crictl.wait()?;
+    pod.remove().await?;
+    Ok(Figure::throughput("port-forward", (FORWARDED_MIB << 20) as f64, fetched?))
+}
+
+/// Seconds that all bytes of the forwarded port took. Fails as long as nobody listens at the other end.
+fn fetch() -> Result<f64> {
+    let start = Instant::now();
+    let mut stream = TcpStream::connect(("127.0.0.1", FORWARDED_PORT))?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let (mut buffer, mut count) = (vec![0; 1 << 16], 0);
+    while count < FORWARDED_MIB << 20 {
+        let read = stream.read(&mut buffer)?;
+        ensure!(read > 0, "the end after {count} bytes");
+        count += read;
+    }
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Runs the node's fio on a file in `directory` of the container.

@@ -68,8 +68,9 @@ async fn main() -> Result<()> {
 }
 
 async fn measure(socket: &str) -> Result<Vec<Figure>> {
-    let cri = Cri::connect(Path::new(socket.trim_start_matches("unix://"))).await?;
+    let socket = Path::new(socket.trim_start_matches("unix://"));
+    let cri = Cri::connect(socket).await?;
     let mut figures = lifecycle::measure(&cri).await?;
-    figures.extend(io::measure(&cri).await?);
+    figures.extend(io::measure(&cri, socket).await?);
     Ok(figures)
 }
