@@ -17,6 +17,7 @@ use crate::container::{self, Container, Parts};
 use crate::disk::{DiskSource, Disks};
 use crate::error::{Context as _, Error, Result};
 use crate::layout::Layout;
+use crate::mirror::{self, Mirrors};
 use crate::pod_init::PodInit;
 use crate::process::{Outcome, Process};
 use crate::reaper::Reaper;
@@ -39,6 +40,7 @@ pub struct Agent {
     disks: Disks,
     pod_init: PodInit,
     user_namespaces: UserNamespaces,
+    mirrors: Arc<Mirrors>,
     configured: Mutex<Configured>,
     containers: Table<Container>,
     processes: Table<Process>,
@@ -60,6 +62,7 @@ impl Agent {
         let user_namespaces = UserNamespaces::new(Arc::clone(&reaper), layout.clone());
         Arc::new(Self {
             disks: Disks::new(layout.clone(), disks),
+            mirrors: Arc::new(Mirrors::new(layout.clone())),
             layout,
             reaper,
             pod_init,
@@ -99,6 +102,18 @@ impl Agent {
     pub async fn attach_file_system(&self, tag: &str) -> Result<()> {
         let (layout, tag) = (self.layout.clone(), tag.to_owned());
         blocking(move || shares::attach(&layout, &tag)).await
+    }
+
+    /// Makes a mirror show what the update says.
+    pub async fn set_mirror(&self, update: mirror::Update) -> Result<()> {
+        let mirrors = Arc::clone(&self.mirrors);
+        blocking(move || mirrors.set(&update)).await
+    }
+
+    /// Removes a mirror. An unknown one is removed already.
+    pub async fn remove_mirror(&self, name: String) -> Result<()> {
+        let mirrors = Arc::clone(&self.mirrors);
+        blocking(move || mirrors.remove(&name)).await
     }
 
     /// Makes a container; its process waits for [`Agent::start_container`].

@@ -190,6 +190,7 @@ fn make_sources(
             Ok(Some(path_text(path)))
         }
         Some(mount::Source::Share(name)) => crate::shares::path(layout, name).map(Some),
+        Some(mount::Source::Mirror(name)) => crate::mirror::path(layout, name).map(Some),
         Some(mount::Source::Image(image)) => {
             let layers = images.get(&image.disk).map(Vec::as_slice).unwrap_or_default();
             image_volume::mount(layers, &image.sub_path, &files.join(number.to_string())).map(Some)

@@ -70,6 +70,11 @@ impl Layout {
         self.run.join("shares")
     }
 
+    /// Where the mirror `name` is mounted.
+    pub fn mirror(&self, name: &str) -> PathBuf {
+        self.run.join("mirrors").join(name)
+    }
+
     /// Where each stub, in its own mount namespace, mounts what becomes its root.
     pub fn mount_point(&self) -> PathBuf {
         self.run.join("root")
@@ -77,6 +82,8 @@ impl Layout {
 
     /// Every directory that has to be there before anything else.
     pub fn directories(&self) -> Vec<PathBuf> {
-        ["disks", "scratch", "containers", "pod", "shm", "shares", "root"].map(|name| self.run.join(name)).to_vec()
+        ["disks", "scratch", "containers", "pod", "shm", "shares", "mirrors", "root"]
+            .map(|name| self.run.join(name))
+            .to_vec()
     }
 }

@@ -21,6 +21,7 @@ mod hello;
 mod launch;
 mod layout;
 mod limits;
+mod mirror;
 mod netlink;
 mod pod;
 mod pod_init;

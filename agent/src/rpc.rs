@@ -8,17 +8,19 @@ use isopod_proto::agent::agent_server::Agent as Service;
 use isopod_proto::agent::{
     AttachDiskRequest, AttachDiskResponse, AttachFileSystemRequest, AttachFileSystemResponse, ConfigurePodRequest,
     ConfigurePodResponse, CreateContainerRequest, CreateContainerResponse, DetachDiskRequest, DetachDiskResponse,
-    ExecRequest, ExecResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveProcessRequest,
-    RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, ShutdownRequest, ShutdownResponse,
-    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse,
-    UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse, WaitProcessRequest,
-    WaitProcessResponse,
+    ExecRequest, ExecResponse, MirrorPart, RemoveContainerRequest, RemoveContainerResponse, RemoveMirrorRequest,
+    RemoveMirrorResponse, RemoveProcessRequest, RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse,
+    SetMirrorResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest,
+    StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest, UpdateContainerResponse,
+    UpdatePodRequest, UpdatePodResponse, WaitProcessRequest, WaitProcessResponse,
 };
+use isopod_proto::{ErrorKind, MAX_MIRROR_MESSAGE};
 use tokio::sync::Notify;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::agent::Agent;
 use crate::error::{Error, Result};
+use crate::mirror::Update;
 
 /// The service over one agent.
 pub struct Rpc {
@@ -141,6 +143,28 @@ impl Service for Rpc {
     async fn update_pod(&self, request: Request<UpdatePodRequest>) -> Answer<UpdatePodResponse> {
         let request = request.into_inner();
         self.run(|agent| async move { agent.update_pod(&request).await.map(|()| UpdatePodResponse {}) }).await
+    }
+
+    async fn set_mirror(&self, request: Request<Streaming<MirrorPart>>) -> Answer<SetMirrorResponse> {
+        let mut parts = request.into_inner();
+        let MirrorPart { name, create, mut content, read_at_nanos: read_at } =
+            parts.message().await?.unwrap_or_default();
+        while let Some(part) = parts.message().await? {
+            content.extend_from_slice(&part.content);
+            if content.len() > MAX_MIRROR_MESSAGE {
+                let text = format!("the mirror {name:?} takes more than {MAX_MIRROR_MESSAGE} bytes");
+                return Err(status(&Error::new(ErrorKind::ResourceExhausted, text)));
+            }
+        }
+        self.run(|agent| async move {
+            agent.set_mirror(Update { name, create, read_at, content }).await.map(|()| SetMirrorResponse {})
+        })
+        .await
+    }
+
+    async fn remove_mirror(&self, request: Request<RemoveMirrorRequest>) -> Answer<RemoveMirrorResponse> {
+        let RemoveMirrorRequest { name } = request.into_inner();
+        self.run(|agent| async move { agent.remove_mirror(name).await.map(|()| RemoveMirrorResponse {}) }).await
     }
 
     async fn stats(&self, request: Request<StatsRequest>) -> Answer<StatsResponse> {

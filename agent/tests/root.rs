@@ -9,5 +9,7 @@ mod fixture;
 mod isolation;
 #[path = "root/lifecycle.rs"]
 mod lifecycle;
+#[path = "root/mirrors.rs"]
+mod mirrors;
 #[path = "root/streams.rs"]
 mod streams;

@@ -161,6 +161,9 @@ pub struct ContainerRecord {
     /// Disks besides that of its image: those of images and devices that are its volumes.
     #[serde(default)]
     pub volume_disks: Vec<String>,
+    /// Host paths of those of its volumes that are mirrors.
+    #[serde(default)]
+    pub mirrors: Vec<PathBuf>,
     /// The signal that asks it to stop, by its Linux number.
     pub stop_signal: u32,
     /// Whom it runs as, resolved in its image.
@@ -193,6 +196,7 @@ impl ContainerRecord {
             state: ContainerState::Created,
             log_path: None,
             volume_disks: Vec::new(),
+            mirrors: Vec::new(),
             stop_signal: 15,
             user: None,
             process: Vec::new(),

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::index::Index;
 use crate::network::Network;
 use crate::store::Store;
+use crate::volume::mirror::watch::Watches;
 
 /// The daemon's parts.
 pub struct Context {
@@ -19,4 +20,6 @@ pub struct Context {
     pub network: Network,
     /// What clients are shown.
     pub index: Index,
+    /// What tells of changes of the host's directories.
+    pub watches: Watches,
 }

@@ -27,6 +27,7 @@ use crate::runtime::Runtime;
 use crate::sandbox::{SandboxRecord, scratch};
 use crate::store::Store;
 use crate::streaming::Streaming;
+use crate::volume::mirror::watch::Watches;
 
 /// How long requests in flight may take after the daemon is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -50,7 +51,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (socket, streaming) = (config.socket.clone(), config.streaming.clone());
     network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
-    let context = Context { config, store, images: images.clone(), network, index: Index::default() };
+    let context =
+        Context { config, store, images: images.clone(), network, index: Index::default(), watches: Watches::start() };
     let runtime = Runtime::new(Arc::new(context));
     runtime.resume(stored).await;
     let streaming = Streaming::start(&streaming, runtime.clone())

@@ -242,6 +242,7 @@ mod tests {
     use crate::sandbox::resources;
     use crate::store::Store;
     use crate::vmm::{VSOCK_SOCKET, Vm};
+    use crate::volume::mirror::watch::Watches;
 
     const SOON: Duration = Duration::from_secs(10);
 
@@ -256,7 +257,7 @@ mod tests {
         let store = Store::open(&config.root.join("state.redb")).expect("opened");
         let images = ImageStore::open(StoreConfig::new(config.root.join("images"))).expect("opened");
         let network = Network::new(&config, store.clone());
-        Context { config, store, images, network, index: Index::default() }
+        Context { config, store, images, network, index: Index::default(), watches: Watches::start() }
     }
 
     fn created(sandbox: &ObjectId) -> ContainerRecord {

@@ -20,6 +20,7 @@ pub mod size;
 
 mod ending;
 pub mod exec;
+mod mirrors;
 mod monitor;
 mod operations;
 pub mod update;

@@ -3,6 +3,7 @@
 //! | CRI mount | in the guest |
 //! |---|---|
 //! | a directory or file of the host | a bind mount of a share of the pod's file server ([`server`]), which works on the host's own file |
+//! | a ConfigMap, Secret, projected or downward-API volume of the kubelet | a bind mount of a copy in the guest's memory, which follows the host's ([`mirror`]) |
 //! | an image | its disk, as for a container's root, read-only |
 //! | (a device of `config.devices`) | a disk, for a block device; otherwise the guest's own device of that name ([`device`]) |
 //!
@@ -12,5 +13,6 @@
 
 pub mod device;
 pub mod host;
+pub mod mirror;
 pub mod plan;
 pub mod server;

@@ -48,6 +48,14 @@ pub const MAX_STREAM_HEADER: usize = 4096;
 pub const STREAM_WINDOW: usize = 64 * 1024;
 /// Most bytes a gRPC message of the agent protocol may have, in either direction.
 pub const MAX_AGENT_MESSAGE: usize = 4 * 1024 * 1024;
+/// Most bytes that the contents, names and link targets of a mirror may have together.
+pub const MAX_MIRROR_BYTES: usize = 8 * 1024 * 1024;
+/// Most entries a mirror may have, its root not counted.
+pub const MAX_MIRROR_ENTRIES: usize = 4096;
+/// Most directories on a path in a mirror, its root not counted.
+pub const MAX_MIRROR_DEPTH: usize = 8;
+/// Most bytes of an encoded mirror: what is in it, and what describes each entry.
+pub const MAX_MIRROR_MESSAGE: usize = MAX_MIRROR_BYTES + (MAX_MIRROR_ENTRIES + 1) * 64;
 /// Most bytes a message on the VMM's control socket may have.
 pub const MAX_CONTROL_MESSAGE: usize = 256 * 1024;
 /// Most bytes of file contents that one FUSE message carries, in either direction: max_write of FUSE_INIT, and 256 pages.

@@ -227,6 +227,11 @@ def main():
     with open(os.path.join(out, "multi.listing"), "w", encoding="utf-8") as listing:
         listing.write(oracle.listing([busybox, library, attr, *layers]))
 
+    inotify = Layer("gzip")
+    packages.copy(inotify, "inotify-tools", lambda path: path == "usr/bin/inotifywait")
+    packages.copy(inotify, "libinotifytools0", LIBRARY.match)
+    layout.image("inotify", [busybox, library, inotify], {"Cmd": ["sh"]})
+
     below, above = Layer("gzip"), Layer("gzip")
     below.dir("data")
     below.dir("data/private", mode=0o700, uid=1000, gid=1000)

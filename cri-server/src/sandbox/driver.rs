@@ -5,6 +5,7 @@
 //! the driver's and comes back as an event. A call of the guest that hangs is given up when the sandbox is to be stopped.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::admission::{self, Admission, Request};
 use super::attach::{self, SharedInput};
 use super::bring_up::{Up, bring_up};
 use super::exec::{self, Outcome};
+use super::mirrors::Mirror;
 use super::monitor::{self, End};
 use super::update::{ContainerUpdate, PodUpdate};
 use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
@@ -125,6 +127,8 @@ pub struct Driver {
     pub(super) containers: BTreeMap<ObjectId, Container>,
     /// Image disks that are in the VM and mounted in the guest.
     pub(super) disks: BTreeSet<DiskId>,
+    /// Volumes that are in guest memory, by their host paths, and the tasks that keep them up to date.
+    pub(super) mirrors: BTreeMap<PathBuf, Mirror>,
     /// Tasks that are not a container's follower: commands, timers, the watch on the VM.
     pub(super) tasks: JoinSet<()>,
     pub(super) events: mpsc::UnboundedReceiver<Event>,
@@ -152,6 +156,7 @@ impl Driver {
             up: None,
             containers: BTreeMap::new(),
             disks: BTreeSet::new(),
+            mirrors: BTreeMap::new(),
             tasks: JoinSet::new(),
             events,
             sender,
@@ -235,6 +240,7 @@ impl Driver {
             Some(vm) => {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
                 driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
+                driver.resume_mirrors();
                 driver.watch_vm();
                 let running: Vec<_> = driver
                     .containers

@@ -107,6 +107,7 @@ impl Driver {
         tracing::info!(reason = end.message, console = end.console, "the sandbox's VM ended");
         self.up = None;
         self.disks.clear();
+        self.mirrors.clear();
         let running: Vec<_> =
             self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
         for id in running {

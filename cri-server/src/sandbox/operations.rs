@@ -102,6 +102,7 @@ impl Driver {
             created_at: now(),
             state: ContainerState::Created,
             log_path,
+            mirrors: prepared.mirrors,
             volume_disks: prepared.disks.iter().map(ToString::to_string).collect(),
             stop_signal,
             user: created.user.map(|user| User {
@@ -123,6 +124,7 @@ impl Driver {
         self.remove_in_guest(id).await;
         self.release_volumes(id).await;
         self.detach_unused().await;
+        self.release_mirrors().await;
     }
 
     async fn image(&self, config: &cri::ContainerConfig) -> Result<Image, SandboxError> {
@@ -349,6 +351,7 @@ impl Driver {
         let progress = resources::directory(&self.context, &self.record.id).join(format!("{}.progress", id.short()));
         let _ = std::fs::remove_file(progress); // There is none if it never ran.
         self.detach_unused().await;
+        self.release_mirrors().await;
         Ok(())
     }
 

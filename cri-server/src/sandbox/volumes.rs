@@ -1,6 +1,7 @@
 //! What a driver does for the volumes of its containers.
 
 use std::fs::File;
+use std::path::PathBuf;
 
 use isopod_proto::agent::{self, AttachDiskRequest, AttachFileSystemRequest};
 use isopod_proto::{DiskId, ObjectId};
@@ -13,6 +14,7 @@ use crate::guest::LONG;
 use crate::vmm::{self, DiskFile};
 use crate::volume::device::{self, Taken, Wanted};
 use crate::volume::host;
+use crate::volume::mirror;
 use crate::volume::plan::{HostSource, Source, Volume};
 use crate::volume::server::{self, FileServerRecord, Starting};
 
@@ -25,6 +27,8 @@ pub(super) struct Prepared {
     pub disks: Vec<DiskId>,
     /// Which mount is of which image, by its id.
     pub images: Vec<(usize, String)>,
+    /// Host paths of volumes that are mirrors.
+    pub mirrors: Vec<PathBuf>,
 }
 
 /// What all names of a container's shares begin with.
@@ -43,6 +47,11 @@ impl Driver {
         let mut prepared = Prepared::default();
         for (number, Volume { destination, source }) in volumes.into_iter().enumerate() {
             let (source, readonly) = match source {
+                Source::Host(source) if self.mirror(&source).await? => {
+                    let name = mirror::name(&source.path);
+                    prepared.mirrors.push(source.path);
+                    (agent::mount::Source::Mirror(name), true)
+                }
                 Source::Host(source) => {
                     let name = format!("{}{number}", share_prefix(id));
                     let readonly = self.share(name.clone(), source).await?;
@@ -145,6 +154,6 @@ impl Driver {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SandboxError> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SandboxError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| SandboxError::Ended)
 }

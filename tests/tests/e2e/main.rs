@@ -17,6 +17,7 @@ mod network_builtin;
 mod network_cni;
 mod pods;
 mod processes;
+mod projected;
 mod restart;
 mod security;
 mod stats;
