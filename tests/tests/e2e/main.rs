@@ -22,5 +22,6 @@ mod restart;
 mod security;
 mod stats;
 mod streaming;
+mod terminals;
 mod update;
 mod volumes;
