@@ -25,3 +25,4 @@ mod streaming;
 mod terminals;
 mod update;
 mod volumes;
+mod websocket;
