@@ -10,6 +10,7 @@ mod events;
 mod exec;
 mod guest;
 mod host;
+mod hostile_clients;
 mod images;
 mod logs;
 mod network;
