@@ -159,36 +159,6 @@ async fn a_blob_with_another_digest_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn unknown_ids_are_not_found_where_that_matters() -> anyhow::Result<()> {
-    let cri = Cri::shared().await?;
-    let id = "no-such-id".to_owned();
-    let mut runtime = cri.runtime.clone();
-    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
-    assert_error(runtime.pod_sandbox_status(request).await, Code::NotFound, &["no-such-id"]);
-    let request = cri::ContainerStatusRequest { container_id: id.clone(), verbose: false };
-    assert_error(runtime.container_status(request).await, Code::NotFound, &["no-such-id"]);
-    let request = cri::StartContainerRequest { container_id: id.clone() };
-    assert_error(runtime.start_container(request).await, Code::NotFound, &["no-such-id"]);
-    let request = cri::ExecSyncRequest { container_id: id.clone(), cmd: vec!["true".to_owned()], timeout: 1 };
-    assert_error(runtime.exec_sync(request).await, Code::NotFound, &["no-such-id"]);
-    let request = cri::CreateContainerRequest {
-        pod_sandbox_id: id.clone(),
-        config: Some(shell("x", "true")),
-        sandbox_config: Some(TestPod::config("x")),
-    };
-    assert_error(runtime.create_container(request).await, Code::NotFound, &["no-such-id"]);
-    // Stopping and removing what is not there is a success.
-    runtime.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await?;
-    runtime.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id.clone() }).await?;
-    runtime.stop_container(cri::StopContainerRequest { container_id: id.clone(), timeout: 0 }).await?;
-    runtime.remove_container(cri::RemoveContainerRequest { container_id: id.clone() }).await?;
-    cri.remove_image("docker.io/library/no-such:latest").await?;
-    let filter = cri::PodSandboxFilter { id, ..Default::default() };
-    assert!(cri.sandboxes(Some(filter)).await?.is_empty());
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_sandbox_config_without_metadata_is_refused() -> anyhow::Result<()> {
     let cri = Cri::shared().await?;
     let run = async |config| {

@@ -11,6 +11,7 @@ mod exec;
 mod guest;
 mod host;
 mod hostile_clients;
+mod ids;
 mod images;
 mod logs;
 mod network;
