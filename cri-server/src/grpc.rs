@@ -41,7 +41,7 @@ async fn observe<T>(
     subject: &str,
     work: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {
-    let span = tracing::info_span!("rpc", rpc, subject);
+    let span = tracing::info_span!("rpc", rpc, subject = beginning(subject));
     let started = Instant::now();
     let result = work.instrument(span.clone()).await;
     let millis = started.elapsed().as_millis() as u64;
@@ -50,6 +50,13 @@ async fn observe<T>(
         Err(status) => tracing::info!(millis, code = ?status.code(), error = status.message(), "failed"),
     });
     result
+}
+
+/// Most characters of what a client says a call is about that get into the log; an id has 64.
+const MAX_SUBJECT: usize = 200;
+
+fn beginning(text: &str) -> &str {
+    text.char_indices().nth(MAX_SUBJECT).map_or(text, |(end, _)| &text[..end])
 }
 
 #[cfg(test)]
@@ -64,5 +71,12 @@ mod tests {
             batches((0..600).collect(), |items: Vec<u32>| items.len()).map(|item| item.expect("made")).collect().await;
         assert_eq!(lengths, [256, 256, 88]);
         assert_eq!(batches(Vec::<u32>::new(), |items| items.len()).count().await, 0);
+    }
+
+    #[test]
+    fn a_long_id_is_cut_short_between_characters() {
+        assert_eq!(beginning("id"), "id");
+        assert_eq!(beginning(&"é".repeat(MAX_SUBJECT)), "é".repeat(MAX_SUBJECT));
+        assert_eq!(beginning(&"é".repeat(MAX_SUBJECT + 1)), "é".repeat(MAX_SUBJECT));
     }
 }
