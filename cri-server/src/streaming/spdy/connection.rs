@@ -291,7 +291,9 @@ impl<S: AsyncWrite> Writer<S> {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use bytes::{BufMut, Bytes};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use tokio::io::DuplexStream;
 
     use super::super::Client;
@@ -468,6 +470,127 @@ mod tests {
                 drop(client);
             };
             tokio::join!(serve(ours, life, HOUR, session), test);
+        }
+    }
+
+    /// What a client may send.
+    #[derive(Clone, Debug)]
+    enum Sent {
+        /// The next stream.
+        Open,
+        Data(u32, Vec<u8>, bool),
+        Ping(u32),
+        Reset(u32),
+        /// One of [`BROKEN`].
+        Broken(usize),
+    }
+
+    /// Frames after which there is no way on.
+    const BROKEN: [&[u8]; 5] = [
+        &[0xff; 8],
+        b"\x80\x02\x00\x06\x00\x00\x00\x04\x00\x00\x00\x01", // Another version.
+        b"\x80\x03\x00\x06\x00\x00\x00\x03xxx",              // A ping of three bytes.
+        b"\x80\x03\x00\x01\x00\x00\x00\x0a\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00", // A stream of the server's.
+        b"\x80\x03\x00\x08\x00\x00\x00\x0a\x00\x00\x00\x01rubbis", // Headers that are not compressed.
+    ];
+
+    fn sent() -> impl Strategy<Value = Sent> {
+        let data =
+            (prop_oneof![4 => Just(1u32), 1 => 0u32..9], vec(any::<u8>(), 0..300), proptest::bool::weighted(0.05));
+        prop_oneof![
+            3 => Just(Sent::Open),
+            16 => data.prop_map(|(id, bytes, fin)| Sent::Data(id, bytes, fin)),
+            2 => any::<u32>().prop_map(Sent::Ping),
+            1 => (0u32..9).prop_map(Sent::Reset),
+            1 => (0..BROKEN.len()).prop_map(Sent::Broken),
+        ]
+    }
+
+    /// The bytes of it all, and what of them comes on the first stream.
+    fn written(all: &[Sent]) -> (BytesMut, Vec<u8>) {
+        let (mut out, mut first, mut compressor, mut last) =
+            (BytesMut::new(), Vec::new(), Compressor::default(), None::<u32>);
+        let (mut reads, mut goes_on) = (true, true);
+        for sent in all {
+            match sent {
+                Sent::Open => {
+                    let id = last.map_or(1, |last| last + 2);
+                    frame::put_syn_stream(&mut out, id, &compressor.write(&[("streamtype", "data")]));
+                    last = Some(id);
+                }
+                Sent::Data(id, bytes, fin) => {
+                    frame::put_data(&mut out, *id, bytes, *fin);
+                    if *id == 1 && last.is_some() && reads && goes_on {
+                        first.extend_from_slice(bytes);
+                        reads = !fin;
+                    }
+                }
+                Sent::Ping(id) => frame::put_ping(&mut out, *id),
+                Sent::Reset(id) => {
+                    frame::put_reset(&mut out, *id, 5);
+                    reads &= *id != 1 || last.is_none();
+                }
+                Sent::Broken(which) => {
+                    out.put_slice(BROKEN[*which]);
+                    goes_on = false;
+                }
+            }
+        }
+        (out, first)
+    }
+
+    /// What comes on the first stream of a client that sends `bytes`, of which `room` are on their way at once, and goes.
+    async fn read_from(bytes: &[u8], room: usize) -> Vec<u8> {
+        let (ours, theirs) = tokio::io::duplex(room);
+        let (mut answers, mut requests) = tokio::io::split(theirs);
+        let (life, _peer) = life();
+        let mut got = Vec::new();
+        let all = &mut got;
+        let session = |mut opened: mpsc::Receiver<Stream>| async move {
+            let Some(mut stream) = opened.recv().await else { return };
+            let first = async {
+                while let Ok(Some(bytes)) = stream.incoming.read().await {
+                    all.extend_from_slice(&bytes);
+                }
+            };
+            let others = async {
+                while let Some(other) = opened.recv().await {
+                    drop(other);
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = first => {}
+                () = others => {}
+            }
+        };
+        let client = async {
+            // The server may have given the connection up.
+            let _ = requests.write_all(bytes).await;
+            let _ = requests.shutdown().await;
+        };
+        let taken = async { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await };
+        let all = async { tokio::join!(serve(ours, life, HOUR, session), client, taken) };
+        timeout(Duration::from_secs(60), all)
+            .await
+            .expect("it ends with its client")
+            .2
+            .expect("a duplex has no errors");
+        got
+    }
+
+    proptest! {
+        #[test]
+        fn a_stream_has_what_came_before_the_first_broken_frame(all in vec(sent(), 0..40), room in 1usize..2000) {
+            let (bytes, expected) = written(&all);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            prop_assert_eq!(runtime.block_on(read_from(&bytes, room)), expected);
+        }
+
+        #[test]
+        fn any_bytes_end_with_their_client(bytes in vec(any::<u8>(), 0..500), room in 1usize..200) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            prop_assert!(runtime.block_on(read_from(&bytes, room)).len() <= bytes.len());
         }
     }
 }

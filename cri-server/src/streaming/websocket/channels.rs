@@ -239,15 +239,128 @@ async fn send<S: AsyncRead + AsyncWrite + Unpin>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use proptest::collection::vec;
     use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt;
+    use tokio_util::sync::CancellationToken;
 
     use super::super::{PROTOCOLS, UNNAMED};
     use super::*;
 
+    /// What a client may send.
+    #[derive(Clone, Debug)]
+    enum Sent {
+        /// A message; with a number, in two frames that are cut there.
+        Data(u8, Vec<u8>, Option<usize>),
+        Ping(Vec<u8>),
+        /// One of [`BROKEN`].
+        Broken(usize),
+    }
+
+    /// Frames after which there is no way on, in any of the protocols. The masks are zero.
+    const BROKEN: [&[u8]; 7] = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x82\x02\x00a",                                            // No mask.
+        b"\x83\x80\x00\x00\x00\x00",                                 // A reserved kind.
+        b"\xc2\x82\x00\x00\x00\x000a",                               // A reserved bit.
+        b"\x80\x81\x00\x00\x00\x00x",                                // The rest of nothing.
+        b"\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00", // 8 EiB.
+        b"\x82\x80\x00\x00\x00\x00",                                 // No channel.
+    ];
+
+    fn sent() -> impl Strategy<Value = Sent> {
+        let data = (prop_oneof![4 => Just(0u8), 1 => 1u8..6], vec(any::<u8>(), 0..300), any::<Option<usize>>());
+        prop_oneof![
+            16 => data.prop_map(|(channel, bytes, cut)| Sent::Data(channel, bytes, cut)),
+            1 => vec(any::<u8>(), 0..3).prop_map(|bytes| Sent::Data(CLOSE, bytes, None)),
+            1 => Just(Sent::Data(CLOSE, vec![STDIN as u8], None)),
+            2 => vec(any::<u8>(), 0..100).prop_map(Sent::Ping),
+            1 => (0..BROKEN.len()).prop_map(Sent::Broken),
+        ]
+    }
+
+    /// Appends a frame of a client.
+    fn put_frame(out: &mut Vec<u8>, first: u8, payload: &[u8]) {
+        let mask = [0x12, 0x34, 0x56, out.len() as u8];
+        out.push(first);
+        match payload.len() {
+            short @ 0..126 => out.push(0x80 | short as u8),
+            long => out.extend([&[0x80 | 126], &(long as u16).to_be_bytes()[..]].concat()),
+        }
+        out.extend(mask);
+        out.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+    }
+
+    /// The bytes of it all, and what of them the command has to read.
+    fn written(protocol: Protocol, all: &[Sent]) -> (Vec<u8>, Vec<u8>) {
+        let (mut out, mut stdin) = (Vec::new(), Vec::new());
+        let (mut reads, mut goes_on) = (true, true);
+        for sent in all {
+            match sent {
+                // It has no digit.
+                Sent::Data(CLOSE, ..) if protocol.base64 => {}
+                Sent::Data(channel, bytes, cut) => {
+                    let message = encode(protocol, u32::from(*channel), bytes);
+                    let (kind, payload) = (if message.is_text() { 1 } else { 2 }, message.into_data());
+                    match cut.map(|cut| payload.split_at(cut % payload.len())) {
+                        Some((head, tail)) => {
+                            put_frame(&mut out, kind, head);
+                            put_frame(&mut out, 0x80, tail);
+                        }
+                        None => put_frame(&mut out, 0x80 | kind, &payload),
+                    }
+                    let closed = bytes.first().filter(|_| protocol.close && *channel == CLOSE);
+                    goes_on &= !(protocol.close && *channel == CLOSE && bytes.is_empty());
+                    reads &= closed != Some(&(STDIN as u8));
+                    if goes_on && reads && u32::from(*channel) == STDIN {
+                        stdin.extend(bytes);
+                    }
+                }
+                Sent::Ping(bytes) => put_frame(&mut out, 0x89, bytes),
+                Sent::Broken(which) => {
+                    out.extend(BROKEN[*which]);
+                    goes_on = false;
+                }
+            }
+        }
+        (out, stdin)
+    }
+
+    /// What a command reads from a client that sends `bytes` and goes.
+    async fn read_from(protocol: Protocol, bytes: Vec<u8>) -> Vec<u8> {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        theirs.write_all(&bytes).await.expect("room");
+        theirs.shutdown().await.expect("open");
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let life = Life::new(Arc::new(socket.into()), CancellationToken::new());
+        let (lost, mut got) = (life.lost.clone(), Vec::new());
+        let all = &mut got;
+        let session = |mut client: Client| async move {
+            let mut stdin = client.streams.stdin.take().expect("wanted");
+            loop {
+                let read = tokio::select! {
+                    biased;
+                    read = stdin.read() => read,
+                    () = lost.cancelled() => return,
+                };
+                match read {
+                    Ok(Some(bytes)) => all.extend_from_slice(&bytes),
+                    Ok(None) | Err(_) => return,
+                }
+            }
+        };
+        let wanted = Wanted { stdin: true, stdout: true, ..Wanted::default() };
+        let served = serve(ours, protocol, wanted, life, Duration::from_secs(3600), session);
+        timeout(Duration::from_secs(60), served).await.expect("it ends with its client");
+        got
+    }
+
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded(
-            channel in 0u32..5, bytes in proptest::collection::vec(any::<u8>(), 0..200), which in 0usize..6,
+            channel in 0u32..5, bytes in vec(any::<u8>(), 0..200), which in 0usize..6,
         ) {
             let protocol = PROTOCOLS.get(which).copied().unwrap_or(UNNAMED);
             let decoded = decode(protocol, encode(protocol, channel, &bytes));
@@ -255,11 +368,27 @@ mod tests {
         }
 
         #[test]
-        fn any_message_is_decoded_or_refused(text in ".{0,40}", bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+        fn any_message_is_decoded_or_refused(text in ".{0,40}", bytes in vec(any::<u8>(), 0..40)) {
             for protocol in PROTOCOLS {
                 let _ = decode(protocol, Message::text(text.clone()));
                 let _ = decode(protocol, Message::binary(bytes.clone()));
             }
+        }
+
+        #[test]
+        fn a_command_reads_what_came_before_the_first_broken_frame(all in vec(sent(), 0..30), which in 0usize..6) {
+            let protocol = PROTOCOLS.get(which).copied().unwrap_or(UNNAMED);
+            let (bytes, expected) = written(protocol, &all);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            prop_assert_eq!(runtime.block_on(read_from(protocol, bytes)), expected);
+        }
+
+        #[test]
+        fn any_bytes_end_with_their_client(bytes in vec(any::<u8>(), 0..500), which in 0usize..6) {
+            let protocol = PROTOCOLS.get(which).copied().unwrap_or(UNNAMED);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let read = runtime.block_on(read_from(protocol, bytes.clone()));
+            prop_assert!(read.len() <= bytes.len());
         }
     }
 }
