@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use futures_util::{SinkExt, StreamExt};
 use isopod_cri_server::cri;
 use isopod_tests::fixture::{TestPod, eventually, shell};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -170,8 +171,10 @@ async fn a_port_forward_that_breaks_the_protocol_ends_alone() -> anyhow::Result<
                 .with_sub_protocol("SPDY/3.1+portforward.k8s.io");
             let (mut socket, _) = timeout(PATIENCE, tokio_tungstenite::client_async(request, stream)).await??;
             let message = tokio_tungstenite::tungstenite::Message::binary(bytes.to_vec());
-            futures_util::SinkExt::send(&mut socket, message).await?;
-            closed(socket.get_mut()).await
+            socket.send(message).await?;
+            // A client that confirms the end is not waited for longer.
+            let end = async { while let Some(Ok(_)) = socket.next().await {} };
+            timeout(PATIENCE, end).await.context("the connection does not end")
         };
         case.await.with_context(|| what.to_owned())?;
     }
