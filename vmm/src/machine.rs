@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use isopod_proto::{DiskId, ErrorKind};
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -22,7 +22,7 @@ use crate::io_bus::IoBus;
 use crate::irq::{InterruptRoutes, KvmVectors};
 use crate::kvm::{self, CheckedKvm, KvmError};
 use crate::memory::{self, MemoryError};
-use crate::pci::{FunctionNumber, HostBridge, Notifications, PciBus, PciError, VirtioFunction};
+use crate::pci::{ConfigWindow, FunctionNumber, HostBridge, Notifications, PciBus, PciError, VirtioFunction};
 use crate::serial::{ConsoleRing, SerialConsole, SerialInterrupt};
 use crate::vcpu::{VcpuError, VcpuSet};
 use crate::virtio::{GuestMemory, VirtioDevice};
@@ -144,6 +144,7 @@ impl Machine {
         boot::set_up_boot_cpu(&vcpus[0], &memory, entry).map_err(|error| MachineError::Cpu(0, error))?;
 
         let mut bus = PciBus::new(Box::new(HostBridge::new()));
+        show_configuration(&mut bus, &vm, &checked)?;
         let builder = FunctionBuilder { vm, memory, routes };
         let disks = add_devices(&mut bus, &builder, config.devices)?;
         let pci = Arc::new(Mutex::new(bus));
@@ -244,6 +245,17 @@ fn create_vcpus(vm: &VmFd, checked: &CheckedKvm, count: u8) -> Result<Vec<VcpuFd
             Ok(vcpu)
         })
         .collect()
+}
+
+/// Lets the guest read configuration space as memory. Where KVM cannot do that, each read is an exit, and answered the same.
+fn show_configuration(bus: &mut PciBus, vm: &VmFd, checked: &CheckedKvm) -> Result<(), MachineError> {
+    if checked.kvm.check_extension(Cap::ReadonlyMem) {
+        let failed = |source| MachineError::Memory(MemoryError::Map { bytes: layout::ECAM_SIZE, source });
+        let window = ConfigWindow::new().map_err(failed)?;
+        sys::map_configuration_space(vm, window.memory()).map_err(refused("show configuration space"))?;
+        bus.show_in(window);
+    }
+    Ok(())
 }
 
 /// Puts the devices that `devices` asks for on the bus, and returns the disks' places.

@@ -9,12 +9,14 @@ mod config_space;
 mod host_bridge;
 mod msix;
 mod transport;
+mod window;
 
 pub use bus::{FunctionNumber, PciBus, PciError};
 pub use host_bridge::HostBridge;
 use host_bridge::Placeholder;
 pub use msix::{MsiMessage, VectorBackend};
 pub use transport::{BAR_SIZE, Notifications, VirtioFunction};
+pub use window::ConfigWindow;
 
 /// One function on the bus.
 pub trait PciFunction: Send {

@@ -6,7 +6,7 @@ pub mod kick;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use crate::virtio::GuestMemory;
@@ -51,12 +51,24 @@ pub fn termination_signals() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Shows `memory` to the guests of `vm`, one slot a region. The VM must not outlive `memory`: the caller keeps both.
+/// The slot of configuration space: those before it are the guest's memory, which has at most two regions.
+const CONFIG_SLOT: u32 = 2;
+
+/// Shows `memory` to the guests of `vm`, one slot a region. No vCPU may run when `memory` goes: the caller keeps both.
 pub fn map_guest_memory(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {
-    for (slot, region) in memory.iter().enumerate() {
+    map(vm, memory, 0, 0)
+}
+
+/// Shows `memory` to the guests of `vm` for reading; a write is an exit. As above, and once in a VM.
+pub fn map_configuration_space(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {
+    map(vm, memory, CONFIG_SLOT, KVM_MEM_READONLY)
+}
+
+fn map(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32) -> io::Result<()> {
+    for (slot, region) in (first_slot..).zip(memory.iter()) {
         let mapping = kvm_userspace_memory_region {
-            slot: u32::try_from(slot).expect("there are at most two regions"),
-            flags: 0,
+            slot,
+            flags,
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: region.get_mmap().as_ptr() as u64,

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use isopod_proto::ErrorKind;
 
-use super::{BAR_SIZE, PciFunction, Placeholder};
+use super::{BAR_SIZE, ConfigWindow, PciFunction, Placeholder};
 use crate::layout;
 
 const FUNCTION_BYTES: u64 = 4096;
@@ -58,12 +58,27 @@ impl PciError {
 /// The functions of bus 0.
 pub struct PciBus {
     functions: BTreeMap<FunctionNumber, Box<dyn PciFunction>>,
+    window: Option<ConfigWindow>,
 }
 
 impl PciBus {
     /// A bus with only `host_bridge`, at 00.0.
     pub fn new(host_bridge: Box<dyn PciFunction>) -> Self {
-        Self { functions: BTreeMap::from([(FunctionNumber::HOST_BRIDGE, host_bridge)]) }
+        Self { functions: BTreeMap::from([(FunctionNumber::HOST_BRIDGE, host_bridge)]), window: None }
+    }
+
+    /// Keeps `window` as configuration space is from now on.
+    pub fn show_in(&mut self, window: ConfigWindow) {
+        self.window = Some(window);
+        for number in self.functions.keys() {
+            self.show(*number);
+        }
+    }
+
+    fn show(&self, number: FunctionNumber) {
+        if let Some(window) = &self.window {
+            window.show(number.0, self.functions.get(&number).map(|function| &**function as &dyn PciFunction));
+        }
     }
 
     /// A place with nothing in it.
@@ -77,27 +92,37 @@ impl PciBus {
     /// Puts `function` at `number`, where the guest finds it when it next scans the bus.
     pub fn insert(&mut self, number: FunctionNumber, function: Box<dyn PciFunction>) {
         let first = number.first_of_device();
-        if first != number {
-            self.functions.entry(first).or_insert_with(|| Box::new(Placeholder::new()));
-        }
         self.functions.insert(number, function);
+        if first == number || self.functions.contains_key(&first) {
+            return self.show(number);
+        }
+        self.functions.insert(first, Box::new(Placeholder::new()));
+        // The guest looks at all of them from now on; at function 0 first.
+        for function in (0..FUNCTIONS).rev() {
+            self.show(FunctionNumber(first.0 + function));
+        }
     }
 
     /// Takes the function at `number` away: from then on the guest reads ones there.
     pub fn remove(&mut self, number: FunctionNumber) -> Option<Box<dyn PciFunction>> {
-        self.functions.remove(&number)
+        let function = self.functions.remove(&number);
+        self.show(number);
+        function
     }
 
     /// Takes all functions away.
     pub fn clear(&mut self) {
+        self.window = None;
         self.functions.clear();
     }
 
     /// Reads guest-physical `address` in the PCI window or in configuration space. What nobody answers reads as ones.
     pub fn read(&mut self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((function, offset)) = self.config_target(address, data.len()) {
-            function.read_config(offset, data);
+        if let Some((number, offset)) = config_place(address, data.len()) {
+            if let Some(function) = self.functions.get(&number) {
+                function.read_config(offset, data);
+            }
         } else if let Some((function, offset)) = self.memory_target(address) {
             function.read_memory(offset, data);
         }
@@ -105,22 +130,14 @@ impl PciBus {
 
     /// Writes guest-physical `address`. What nobody answers is ignored.
     pub fn write(&mut self, address: u64, data: &[u8]) {
-        if let Some((function, offset)) = self.config_target(address, data.len()) {
-            function.write_config(offset, data);
+        if let Some((number, offset)) = config_place(address, data.len()) {
+            if let Some(function) = self.functions.get_mut(&number) {
+                function.write_config(offset, data);
+                self.show(number);
+            }
         } else if let Some((function, offset)) = self.memory_target(address) {
             function.write_memory(offset, data);
         }
-    }
-
-    /// Who answers a configuration access (PCI Express base specification, 7.2.2); it must not cross a register.
-    fn config_target(&mut self, address: u64, length: usize) -> Option<(&mut Box<dyn PciFunction>, u16)> {
-        let place = address.checked_sub(layout::ECAM).filter(|place| *place < layout::ECAM_SIZE)?;
-        let (number, offset) = (place / FUNCTION_BYTES, place % FUNCTION_BYTES);
-        if offset % 4 + length as u64 > 4 {
-            return None;
-        }
-        let function = self.functions.get_mut(&FunctionNumber(number as u8))?;
-        Some((function, offset as u16))
     }
 
     fn memory_target(&mut self, address: u64) -> Option<(&mut Box<dyn PciFunction>, u64)> {
@@ -131,8 +148,18 @@ impl PciBus {
     }
 }
 
+/// The function and the offset in it of a configuration access (PCI Express base specification, 7.2.2); it must not cross a
+/// register.
+fn config_place(address: u64, length: usize) -> Option<(FunctionNumber, u16)> {
+    let place = address.checked_sub(layout::ECAM).filter(|place| *place < layout::ECAM_SIZE)?;
+    let (number, offset) = (place / FUNCTION_BYTES, place % FUNCTION_BYTES);
+    (offset % 4 + length as u64 <= 4).then_some((FunctionNumber(number as u8), offset as u16))
+}
+
 #[cfg(test)]
 mod tests {
+    use vm_memory::{Bytes as _, GuestAddress};
+
     use super::super::HostBridge;
     use super::*;
 
@@ -182,6 +209,37 @@ mod tests {
             assert_eq!(bus.free_place().expect("freed"), number);
             bus.insert(number, Box::new(HostBridge::new()));
         }
+    }
+
+    #[test]
+    fn the_window_shows_what_a_read_gives() {
+        let mut bus = PciBus::new(Box::new(HostBridge::new()));
+        let window = ConfigWindow::new().expect("mapped");
+        let memory = window.memory().clone();
+        bus.show_in(window);
+        let functions = |device: u64| (device * 8..device * 8 + 8).map(|number| layout::ECAM + number * FUNCTION_BYTES);
+        let same = |bus: &mut PciBus, addresses: Vec<u64>| {
+            for address in addresses.into_iter().flat_map(|place| (0..256).step_by(4).map(move |offset| place + offset))
+            {
+                let mut shown = [0; 4];
+                memory.read_slice(&mut shown, GuestAddress(address)).expect("in the window");
+                assert_eq!(shown.as_slice(), read(bus, address, 4), "{address:#x}");
+            }
+        };
+        same(&mut bus, vec![layout::ECAM]);
+        let (single, multi) = (FunctionNumber::new(3, 0), FunctionNumber::new(20, 3));
+        for number in [single, multi] {
+            bus.insert(number, Box::new(HostBridge::new()));
+        }
+        let all: Vec<u64> = functions(20).chain([layout::ECAM + u64::from(single.0) * FUNCTION_BYTES]).collect();
+        same(&mut bus, all.clone());
+        bus.write(layout::ECAM + u64::from(multi.0) * FUNCTION_BYTES + 4, &[7, 0]);
+        assert_eq!(read(&mut bus, layout::ECAM + u64::from(multi.0) * FUNCTION_BYTES + 4, 1), [6]);
+        same(&mut bus, all.clone());
+        for number in [single, multi] {
+            bus.remove(number);
+        }
+        same(&mut bus, all);
     }
 
     #[test]
