@@ -107,8 +107,8 @@ fn fetch() -> Result<f64> {
 async fn fio(container: &TestContainer, what: &'static str, directory: &str, mode: &str) -> Result<Figure> {
     let libraries = "/node/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu";
     let script = format!(
-        "/node/lib64/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/fio --name=bench --directory={directory} \
-         --rw={mode} --bs=1M --size={FILE_MIB}M --ioengine=psync --end_fsync=1 --invalidate=1 --output-format=terse"
+        "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/fio --name=bench \
+         --directory={directory} --rw={mode} --bs=1M --size={FILE_MIB}M --ioengine=psync --end_fsync=1 --invalidate=1 --output-format=terse"
     );
     let line = container.sh(&script).await?;
     // fio(1), "TERSE OUTPUT": fields 7 and 48 are the bandwidths of reads and writes in KiB/s.
@@ -134,7 +134,8 @@ async fn iperf(pod: &TestPod, container: &TestContainer) -> Result<Figure> {
     .await?;
     let libraries = "/node/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu";
     let script = format!(
-        "/node/lib64/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/iperf3 --client {node} --time 5 --json"
+        "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/iperf3 \
+         --client {node} --time 5 --json"
     );
     let output = container.sh(&script).await?;
     server.wait()?;
