@@ -105,7 +105,7 @@ fn fetch() -> Result<f64> {
 
 /// Runs the node's fio on a file in `directory` of the container.
 async fn fio(container: &TestContainer, what: &'static str, directory: &str, mode: &str) -> Result<Figure> {
-    let libraries = "/node/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu";
+    let libraries = "/node/usr/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu/ceph";
     let script = format!(
         "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/fio --name=bench \
          --directory={directory} --rw={mode} --bs=1M --size={FILE_MIB}M --ioengine=psync --end_fsync=1 --invalidate=1 --output-format=terse"
@@ -132,7 +132,7 @@ async fn iperf(pod: &TestPod, container: &TestContainer) -> Result<Figure> {
         String::from_utf8_lossy(&sockets.stdout).contains(":5201").then_some(())
     })
     .await?;
-    let libraries = "/node/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu";
+    let libraries = "/node/usr/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu/ceph";
     let script = format!(
         "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/iperf3 \
          --client {node} --time 5 --json"
