@@ -148,7 +148,7 @@ def critest_images(layout, packages, busybox, library):
     say = 'echo "Effective uid: $(effective-id -u)"'
     layout.image("nonewprivs", [busybox, library, escalate], {"Cmd": ["sh", "-c", say]})
 
-    layout.image("pause", [busybox], {"Entrypoint": ["sleep", "infinity"]})
+    layout.image("pause", [busybox], {"Entrypoint": ["/bin/sleep", "infinity"]})
 
 
 def user_images(layout, busybox):

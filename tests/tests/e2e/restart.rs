@@ -24,7 +24,10 @@ async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow
     let mut cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
     let mut pod = TestPod::run_with(&cri, TestPod::config("survivor")).await?;
-    let mut config = shell("survivor", "n=0; while :; do n=$((n+1)); echo $n; echo $n >/volume/n; sleep 0.2; done");
+    let mut config = shell(
+        "survivor",
+        "n=0; while :; do n=$((n+1)); echo $n; echo $n >/volume/m; mv /volume/m /volume/n; sleep 0.2; done",
+    );
     config.mounts = vec![cri::Mount {
         host_path: volume.display().to_string(),
         container_path: "/volume".to_owned(),
