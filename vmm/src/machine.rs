@@ -247,7 +247,7 @@ fn create_vcpus(vm: &VmFd, checked: &CheckedKvm, count: u8) -> Result<Vec<VcpuFd
         .collect()
 }
 
-/// Lets the guest read configuration space as memory. Where KVM cannot do that, each read is an exit, and answered the same.
+/// Lets the guest read configuration space as memory. Where KVM cannot do that, each read is an exit that the bus answers.
 fn show_configuration(bus: &mut PciBus, vm: &VmFd, checked: &CheckedKvm) -> Result<(), MachineError> {
     if checked.kvm.check_extension(Cap::ReadonlyMem) {
         let failed = |source| MachineError::Memory(MemoryError::Map { bytes: layout::ECAM_SIZE, source });

@@ -31,8 +31,8 @@ pub struct ActivateError {
 
 impl ActivateError {
     /// The error of a device whose worker does not start.
-    pub fn no_worker(device: String) -> impl Fn(io::Error) -> Self {
-        move |source| Self { device: device.clone(), what: "its worker cannot be started", source }
+    pub fn no_worker(device: String) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self { device, what: "its worker cannot be started", source }
     }
 }
 

@@ -10,8 +10,10 @@ use isopod_proto::ErrorKind;
 use super::{BAR_SIZE, ConfigWindow, PciFunction, Placeholder};
 use crate::layout;
 
-const FUNCTION_BYTES: u64 = 4096;
-const FUNCTIONS: u8 = 8;
+/// Bytes of configuration space of a function.
+pub(super) const FUNCTION_BYTES: u64 = 4096;
+/// Functions of a device.
+pub(super) const FUNCTIONS: u8 = 8;
 const SINGLE_DEVICES: std::ops::RangeInclusive<u8> = 1..=15;
 const MULTI_DEVICES: std::ops::RangeInclusive<u8> = 16..=31;
 /// Functions that can be added to the bus.

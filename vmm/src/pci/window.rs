@@ -6,13 +6,12 @@ use vm_memory::mmap::FromRangesError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::PciFunction;
+use super::bus::{FUNCTION_BYTES, FUNCTIONS};
 use super::config_space::CONFIG_BYTES;
 use crate::layout;
 use crate::virtio::GuestMemory;
 
-const FUNCTION_BYTES: u64 = 4096;
 const REGISTER: usize = 4;
-const DEVICE_FUNCTIONS: u8 = 8;
 
 /// Configuration space of bus 0.
 pub struct ConfigWindow(GuestMemory);
@@ -23,7 +22,7 @@ impl ConfigWindow {
     pub fn new() -> Result<Self, FromRangesError> {
         let place = (GuestAddress(layout::ECAM), layout::ECAM_SIZE as usize);
         let window = Self(GuestMemoryMmap::from_ranges(&[place])?);
-        for number in (0..=u8::MAX).step_by(DEVICE_FUNCTIONS.into()) {
+        for number in (0..=u8::MAX).step_by(FUNCTIONS.into()) {
             window.write(number, 0, &[0xff; REGISTER]);
         }
         Ok(window)
@@ -60,7 +59,7 @@ mod tests {
     use super::*;
 
     fn register(window: &ConfigWindow, number: u64, offset: u64) -> u32 {
-        window.memory().read_obj(GuestAddress(layout::ECAM + number * 4096 + offset)).expect("in the window")
+        window.memory().read_obj(GuestAddress(layout::ECAM + number * FUNCTION_BYTES + offset)).expect("in the window")
     }
 
     #[test]
