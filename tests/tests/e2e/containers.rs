@@ -36,10 +36,7 @@ async fn a_container_from_create_to_remove() -> anyhow::Result<()> {
     assert_eq!(listed.iter().map(|container| container.id.as_str()).collect::<Vec<_>>(), [container.id.as_str()]);
 
     // Its trap is set only when it has printed.
-    isopod_tests::fixture::eventually("output", std::time::Duration::from_secs(30), async || {
-        container.logs().ok().filter(|lines| !lines.is_empty())
-    })
-    .await?;
+    container.logged("output", std::time::Duration::from_secs(30), |lines| !lines.is_empty()).await?;
     container.stop(30).await?;
     let exited = container.status().await?;
     assert_eq!(

@@ -58,10 +58,7 @@ async fn a_container_without_a_log_path_runs() -> anyhow::Result<()> {
 async fn lines_appear_while_the_container_runs() -> anyhow::Result<()> {
     let pod = TestPod::run("live").await?;
     let container = pod.start(shell("live", "echo first; sleep 1000")).await?;
-    let lines = eventually("first line", Duration::from_secs(30), async || {
-        container.logs().ok().filter(|lines| !lines.is_empty())
-    })
-    .await?;
+    let lines = container.logged("first line", Duration::from_secs(30), |lines| !lines.is_empty()).await?;
     assert_eq!(lines[0].text(), "first\n");
     pod.remove().await?;
     Ok(())

@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{BUSYBOX, Cri, TestPod, eventually, shell};
+use isopod_tests::fixture::{BUSYBOX, Cri, LogLine, TestPod, eventually, shell};
 
 const NGINX: &str = "docker.io/library/nginx:latest";
 
@@ -39,10 +39,8 @@ async fn nginx_answers_the_node_and_another_pod() -> anyhow::Result<()> {
         .script(&format!("wget -q -O - http://{address}/ && ping -c 2 -W 5 {address} >/dev/null && echo pinged"))
         .await?;
     assert_eq!(seen, "This page is served by nginx in a microVM.\npinged\n");
-    let lines = eventually("access log", Duration::from_secs(20), async || {
-        nginx.logs().ok().filter(|lines| lines.iter().any(|line| line.text().contains("Wget")))
-    })
-    .await?;
+    let by_wget = |lines: &[LogLine]| lines.iter().any(|line| line.text().contains("Wget"));
+    let lines = nginx.logged("access log", Duration::from_secs(20), by_wget).await?;
     let client_address = client.address().await?;
     assert!(
         lines.iter().any(|line| line.text().starts_with(&client_address)),

@@ -240,10 +240,8 @@ async fn a_pod_has_a_user_namespace_with_the_ids_it_was_given() -> anyhow::Resul
     config.tty = true;
     let user = pod.start(config).await?;
     assert_eq!(user.sh(ids).await?.replace('\r', ""), " 0 1000 100000\n 0 1000 100000\n");
-    let lines = isopod_tests::fixture::eventually("output", std::time::Duration::from_secs(30), async || {
-        user.logs().ok().filter(|lines| lines.len() >= 3)
-    });
-    let text: String = lines.await?.iter().map(isopod_tests::fixture::LogLine::text).collect();
+    let lines = user.logged("output", std::time::Duration::from_secs(30), |lines| lines.len() >= 3).await?;
+    let text: String = lines.iter().map(isopod_tests::fixture::LogLine::text).collect();
     assert_eq!(text.replace('\r', ""), "33\n33:5\nout\n");
     let context = adding("SYS_ADMIN", profile(ProfileType::RuntimeDefault, ""));
     let seen =

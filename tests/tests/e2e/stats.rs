@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{Cri, TestContainer, TestPod, eventually, shell};
+use isopod_tests::fixture::{Cri, LogLine, TestContainer, TestPod, shell};
 use rustix::process::{Pid, Signal, kill_process};
 use tonic::Code;
 
@@ -26,10 +26,8 @@ async fn pod_with_load(stem: &str) -> anyhow::Result<(TestPod, TestContainer)> {
         ..Default::default()
     });
     let container = pod.start(config).await?;
-    eventually("output", Duration::from_secs(60), async || {
-        container.logs().ok().filter(|lines| lines.iter().any(|line| line.content == b"ready"))
-    })
-    .await?;
+    let ready = |lines: &[LogLine]| lines.iter().any(|line| line.content == b"ready");
+    container.logged("output", Duration::from_secs(60), ready).await?;
     // Something is sent, whether or not it is answered.
     container.sh("ping -c 1 -W 1 $(ip route | awk '/default/ {print $3}') || true").await?;
     Ok((pod, container))

@@ -219,7 +219,7 @@ async fn ports_of_a_pod_are_forwarded_over_both_transports_and_both_addresses() 
     let script = "mkdir /www; head -c 3000000 /dev/zero | tr '\\0' x > /www/index.html; \
         httpd -p 127.0.0.1:8081 -h /www; httpd -p '[::1]:8082' -h /www; echo up; sleep 1000";
     let container = pod.start(shell("forward", script)).await?;
-    eventually("the servers", PATIENCE, async || container.logs().ok().filter(|lines| !lines.is_empty())).await?;
+    container.logged("the servers", PATIENCE, |lines| !lines.is_empty()).await?;
     for (number, transport) in TRANSPORTS.into_iter().enumerate() {
         let local = 21_000 + 10 * number as u16;
         let ports: Vec<String> = (1..=3).map(|port| format!("{}:{}", local + port, 8080 + port)).collect();

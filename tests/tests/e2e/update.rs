@@ -2,7 +2,7 @@
 
 use anyhow::{Context, ensure};
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{TestContainer, TestPod, shell};
+use isopod_tests::fixture::{LogLine, TestContainer, TestPod, shell};
 use tonic::Code;
 
 const MIB: i64 = 1 << 20;
@@ -68,10 +68,8 @@ async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Re
     };
     ensure!(limits(&container).await? == wanted);
     container.start().await?;
-    isopod_tests::fixture::eventually("output", std::time::Duration::from_secs(60), async || {
-        container.logs().ok().filter(|lines| lines.iter().any(|line| line.content == b"held"))
-    })
-    .await?;
+    let held = |lines: &[LogLine]| lines.iter().any(|line| line.content == b"held");
+    container.logged("output", std::time::Duration::from_secs(60), held).await?;
     ensure!(in_force(&container).await? == limits_of(80 * MIB, "50000 100000"));
 
     // While it runs.

@@ -17,6 +17,10 @@ const FORWARDED_MIB: usize = 32;
 /// The node's end of what is forwarded.
 const FORWARDED_PORT: u16 = 20_080;
 const FILE_MIB: u32 = 64;
+/// Before the name of a program of the node's, whose root is at /node: its loader, by the path that the usual link leads to, with
+/// the directories of libraries.
+const RUN_OF_NODE: &str = "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 \
+    --library-path /node/usr/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu/ceph /node/usr/bin";
 /// Where fio's file is, on the node's disk.
 const VOLUME: &str = "/run/disk/bench-volume";
 
@@ -105,9 +109,8 @@ fn fetch() -> Result<f64> {
 
 /// Runs the node's fio on a file in `directory` of the container.
 async fn fio(container: &TestContainer, what: &'static str, directory: &str, mode: &str) -> Result<Figure> {
-    let libraries = "/node/usr/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu/ceph";
     let script = format!(
-        "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/fio --name=bench \
+        "{RUN_OF_NODE}/fio --name=bench \
          --directory={directory} --rw={mode} --bs=1M --size={FILE_MIB}M --ioengine=psync --end_fsync=1 --invalidate=1 --output-format=terse"
     );
     let line = container.sh(&script).await?;
@@ -132,11 +135,7 @@ async fn iperf(pod: &TestPod, container: &TestContainer) -> Result<Figure> {
         String::from_utf8_lossy(&sockets.stdout).contains(":5201").then_some(())
     })
     .await?;
-    let libraries = "/node/usr/lib/x86_64-linux-gnu:/node/usr/lib/x86_64-linux-gnu/ceph";
-    let script = format!(
-        "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path {libraries} /node/usr/bin/iperf3 \
-         --client {node} --time 5 --json"
-    );
+    let script = format!("{RUN_OF_NODE}/iperf3 --client {node} --time 5 --json");
     let output = container.sh(&script).await?;
     server.wait()?;
     let report: serde_json::Value = serde_json::from_str(&output)?;
