@@ -117,13 +117,14 @@ pub enum GuestError {
 impl GuestError {
     /// This error of `call`, or the end of `vm` if that is what it comes of. What a VM does whose guest does not answer is logged.
     pub async fn or_end_of(self, vm: &Vm, call: &'static str) -> Self {
-        match self.kind() {
-            ErrorKind::Unavailable => {
+        match &self {
+            // What the agent says is late is an answer.
+            Self::Deadline { .. } => {}
+            error if error.kind() == ErrorKind::Unavailable => {
                 if let Ok(end) = timeout(END_GRACE, vm.ended()).await {
                     return Self::VmEnded { call, message: end.message.clone(), console: end.console.clone() };
                 }
             }
-            ErrorKind::DeadlineExceeded => {}
             _ => return self,
         }
         let threads = threads(vm.identity().pid);

@@ -13,6 +13,7 @@
 
 mod control;
 mod process;
+mod stat;
 mod threads;
 
 use std::io;

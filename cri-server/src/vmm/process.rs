@@ -21,6 +21,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::stat::field;
 use super::{CONTROL_SOCKET, VSOCK_SOCKET, VmEnd, VmIdentity, VmmError, console_tail};
 use crate::cgroup;
 
@@ -311,9 +312,8 @@ pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
     parse_start_time(&stat).ok_or_else(|| io::Error::other("an unexpected /proc/pid/stat"))
 }
 
-/// Field 22 of `stat`; field 2, the name, is in parentheses and may hold anything (proc(5)).
 fn parse_start_time(stat: &str) -> Option<u64> {
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    field(stat, 22)?.parse().ok()
 }
 
 fn read_end(path: &Path, status: Option<String>) -> VmEnd {

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use super::stat::field;
+
 /// Most threads that are looked at.
 const LIMIT: usize = 96;
 /// Most characters shown of what a file of /proc has.
@@ -20,9 +22,7 @@ pub fn threads(pid: i32) -> String {
 fn line(task: &Path) -> Option<String> {
     let read = |name: &str| fs::read_to_string(task.join(name)).ok();
     let stat = read("stat")?;
-    // After the name, which is in parentheses and may hold anything: state is field 3, utime 14, stime 15.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let (state, user, system) = (fields.first()?, fields.get(11)?, fields.get(12)?);
+    let (state, user, system) = (field(&stat, 3)?, field(&stat, 14)?, field(&stat, 15)?);
     let name = shown(&read("comm")?);
     let wait = shown(&read("wchan").unwrap_or_default());
     Some(format!("{name} {state} {user}+{system} {wait}"))
