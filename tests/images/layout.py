@@ -49,7 +49,9 @@ class Layer:
         self.add(name, tarfile.SYMTYPE, mode=0o777, link=target, **rest)
 
     def hardlink(self, name, target):
-        self.add(name, tarfile.LNKTYPE, link=target)
+        # As tar writes it: containerd sets the file's mode by that of its last link.
+        modes = {info.name: info.mode for info in self.tar.getmembers()}
+        self.add(name, tarfile.LNKTYPE, mode=modes.get(target, 0o644), link=target)
 
     def whiteout(self, name):
         head, tail = os.path.split(name)
