@@ -72,8 +72,10 @@ pub struct RawImages {
     pub mirrors: BTreeMap<String, String>,
     /// Most bytes a layer may have after decompression, in MiB.
     pub max_layer_mib: Option<u64>,
-    /// Layers fetched at once by one pull.
+    /// Layers fetched and converted at once by one pull.
     pub concurrent_layers: Option<u32>,
+    /// Layers fetched and converted at once by all pulls together.
+    pub concurrent_layers_total: Option<u32>,
     /// A pull that gets no byte for so long fails, in seconds.
     pub progress_timeout_seconds: Option<u64>,
 }
@@ -172,8 +174,10 @@ pub struct ImagesConfig {
     pub mirrors: BTreeMap<String, String>,
     /// Most bytes of a decompressed layer.
     pub max_layer_bytes: u64,
-    /// Layers fetched at once by one pull.
+    /// Layers fetched and converted at once by one pull.
     pub concurrent_layers: usize,
+    /// Layers fetched and converted at once by all pulls together.
+    pub concurrent_layers_total: usize,
     /// Longest silence of a registry.
     pub progress_timeout: Duration,
 }
@@ -350,6 +354,12 @@ fn check_images(raw: RawImages, mistakes: &mut Mistakes) -> ImagesConfig {
             * MIB,
         concurrent_layers: mistakes.within("images.concurrent_layers", raw.concurrent_layers.unwrap_or(3).into(), 1, 64)
             as usize,
+        concurrent_layers_total: mistakes.within(
+            "images.concurrent_layers_total",
+            raw.concurrent_layers_total.unwrap_or(6).into(),
+            1,
+            256,
+        ) as usize,
         progress_timeout: Duration::from_secs(mistakes.within(
             "images.progress_timeout_seconds",
             raw.progress_timeout_seconds.unwrap_or(60),

@@ -117,7 +117,8 @@ fn image_config(config: &Config) -> StoreConfig {
     store.registries.mirrors =
         config.images.mirrors.iter().map(|(host, url)| (host.clone(), vec![Endpoint::new(url)])).collect();
     store.limits.max_layer_bytes = config.images.max_layer_bytes;
-    store.max_concurrent_downloads = config.images.concurrent_layers;
+    store.max_layers_at_once_per_pull = config.images.concurrent_layers;
+    store.max_layers_at_once = config.images.concurrent_layers_total;
     store.pull_progress_timeout = config.images.progress_timeout;
     store
 }

@@ -13,8 +13,10 @@ pub struct StoreConfig {
     pub registries: RegistryConfig,
     /// What an image may at most be.
     pub limits: Limits,
-    /// Layers of one pull that are fetched at the same time; at least 1.
-    pub max_concurrent_downloads: usize,
+    /// Layers of one pull that are fetched and converted at the same time; at least 1.
+    pub max_layers_at_once_per_pull: usize,
+    /// Layers of all pulls together that are; at least 1. Those above wait for their turn.
+    pub max_layers_at_once: usize,
     /// A pull in which no byte arrives for this long fails.
     pub pull_progress_timeout: Duration,
 }
@@ -26,7 +28,8 @@ impl StoreConfig {
             root: root.into(),
             registries: RegistryConfig::default(),
             limits: Limits::default(),
-            max_concurrent_downloads: 3,
+            max_layers_at_once_per_pull: 3,
+            max_layers_at_once: 6,
             pull_progress_timeout: Duration::from_secs(300),
         }
     }

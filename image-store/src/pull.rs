@@ -193,7 +193,7 @@ impl Pull<'_> {
             .map(|(blob, diff_id)| self.layer(blob, diff_id, (pin.clone(), busy.clone())))
             .collect();
         drop(busy);
-        let at_once = self.store.inner.config.max_concurrent_downloads;
+        let at_once = self.store.inner.config.max_layers_at_once_per_pull;
         let made = stream::iter(layers).buffer_unordered(at_once).try_collect::<()>().await;
         if made.is_err() {
             // The first failure gives up the other layers. What their threads have written is gone when the pull has failed.
@@ -265,14 +265,16 @@ impl Pull<'_> {
         if blob.size > inner.config.limits.max_layer_bytes {
             return Err(failed(LayerError::Limit { what: "bytes", limit: inner.config.limits.max_layer_bytes }));
         }
+        // After the lock: who waits for another pull's layer holds no permit that this layer might need.
+        let permit = inner.permits.clone().acquire_owned().await.expect("nobody closes the semaphore");
         let job = LayerJob {
             blob: blob.digest.clone(),
             diff_id: diff_id.clone(),
             limits: inner.config.limits.clone(),
             temporary: inner.temporary_path(diff_id),
             target: inner.layer_path(diff_id),
-            // Until the threads are done, nobody else starts on this layer and nobody removes it.
-            keep: (guard, keep),
+            // Until the threads are done, nobody else starts on this layer and nobody removes it, and they count as at work.
+            keep: (guard, permit, keep),
         };
         let (sink, result) = start(job).map_err(failed)?;
         let fetched = self.registry.blob(blob.digest.as_str(), blob.size, &sink).await;

@@ -10,33 +10,35 @@
 //! Names and images in the database, and the pins of running pulls, are the only roots. Whatever is not reached from them is
 //! removed when the last pin or image that reached it goes, and at the start.
 
+mod contents;
 mod database;
+mod error;
+mod files;
 mod gpt;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use isopod_proto::ErrorKind;
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
+use self::contents::Contents;
 pub(crate) use self::database::StoredConfig;
-use self::database::{Contents, ImageDatabase, Record};
+use self::database::{ImageDatabase, Record};
+pub use self::error::{OpenError, StoreError};
+use self::error::{database_error, io_error};
+use self::files::{check_version, remove_file, write_durably};
 use self::gpt::{EDGE, Partition};
 use crate::auth::Auth;
 use crate::config::StoreConfig;
-use crate::digest::{Digest, ImageId, is_hex};
+use crate::digest::{Digest, ImageId};
 use crate::image::{DiskSegment, Image, ImageDisk, Usage};
-use crate::layer::sync_parent;
 use crate::pull::{self, PullError};
-use crate::reference::ImageName;
 use crate::registry::HttpClients;
-
-const VERSION: &str = "isopod image store, version 1\n";
 
 /// A store of images in a directory. Clones are the same store.
 #[derive(Clone)]
@@ -52,131 +54,8 @@ pub(crate) struct Inner {
     pins: Mutex<HashMap<Digest, usize>>,
     /// One for each layer that is being made, so that it is made once.
     making: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
-}
-
-/// Why a store cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The configuration cannot be used.
-    #[error("image store configuration: {problem}")]
-    Config {
-        /// What is wrong.
-        problem: String,
-    },
-    /// The directory holds something else, or what another version made.
-    #[error("{path} does not say {VERSION:?}: this is no image store, or one of another version")]
-    Version {
-        /// The version file.
-        path: PathBuf,
-    },
-    /// Another process has it open.
-    #[error("image store {root} is in use by another process")]
-    InUse {
-        /// The store.
-        root: PathBuf,
-    },
-    /// The database cannot be opened.
-    #[error("image database {path} cannot be opened")]
-    Database {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: redb::Error,
-    },
-    /// A file or directory cannot be made or read.
-    #[error("image store: {path} cannot be made or read")]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// What is stored cannot be read.
-    #[error("image store {root} cannot be put in order")]
-    Store {
-        /// The store.
-        root: PathBuf,
-        /// Why.
-        #[source]
-        source: StoreError,
-    },
-}
-
-/// Why the store cannot answer.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// No such image.
-    #[error("there is no image {reference:?}")]
-    NotFound {
-        /// What was asked for.
-        reference: String,
-    },
-    /// More than one image has an id with this prefix.
-    #[error("{reference:?} is the start of the ids of more than one image")]
-    Ambiguous {
-        /// What was asked for.
-        reference: String,
-    },
-    /// The database failed.
-    #[error("the image database cannot be {verb}")]
-    Database {
-        /// What was tried: "read" or "written".
-        verb: &'static str,
-        /// Why.
-        #[source]
-        source: Box<redb::Error>,
-    },
-    /// A file failed.
-    #[error("image store: {path} cannot be {verb}")]
-    Io {
-        /// Which file.
-        path: PathBuf,
-        /// What was tried.
-        verb: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl OpenError {
-    /// What sort of failure it is.
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Config { .. } => ErrorKind::InvalidArgument,
-            Self::Version { .. } | Self::InUse { .. } => ErrorKind::FailedPrecondition,
-            Self::Database { .. } | Self::Io { .. } => ErrorKind::Internal,
-            Self::Store { source, .. } => source.kind(),
-        }
-    }
-}
-
-impl StoreError {
-    /// What sort of failure it is.
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::NotFound { .. } => ErrorKind::NotFound,
-            Self::Ambiguous { .. } => ErrorKind::InvalidArgument,
-            Self::Database { source, .. } => match &**source {
-                redb::Error::Io(error) if crate::layer::is_disk_full(error) => ErrorKind::ResourceExhausted,
-                redb::Error::Corrupted(_) => ErrorKind::Corrupt,
-                _ => ErrorKind::Internal,
-            },
-            Self::Io { source, .. } if crate::layer::is_disk_full(source) => ErrorKind::ResourceExhausted,
-            Self::Io { .. } => ErrorKind::Internal,
-        }
-    }
-}
-
-fn database_error(verb: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
-    move |source| StoreError::Database { verb, source: Box::new(source) }
-}
-
-fn io_error(path: &Path, verb: &'static str) -> impl FnOnce(io::Error) -> StoreError {
-    let path = path.to_owned();
-    move |source| StoreError::Io { path, verb, source }
+    /// A permit for each layer that may be made at the same time, whichever pull wants it.
+    pub(crate) permits: Arc<Semaphore>,
 }
 
 impl ImageStore {
@@ -198,7 +77,8 @@ impl ImageStore {
             redb::Error::DatabaseAlreadyOpen => OpenError::InUse { root: root.clone() },
             source => OpenError::Database { path, source },
         })?;
-        let inner = Inner { config, http, database, pins: Mutex::default(), making: Mutex::default() };
+        let permits = Arc::new(Semaphore::new(config.max_layers_at_once));
+        let inner = Inner { config, http, database, pins: Mutex::default(), making: Mutex::default(), permits };
         inner.clean().map_err(|source| OpenError::Store { root, source })?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -414,48 +294,6 @@ impl Inner {
     }
 }
 
-impl Contents {
-    fn layers(&self) -> BTreeSet<&str> {
-        self.images.values().flat_map(|record| record.layers.iter().map(String::as_str)).collect()
-    }
-
-    fn find(&self, reference: &str) -> Result<Option<ImageId>, StoreError> {
-        let bare = reference.strip_prefix("sha256:").unwrap_or(reference);
-        if let Ok(id) = Digest::parse(&format!("sha256:{bare}"))
-            && self.images.contains_key(&id)
-        {
-            return Ok(Some(id));
-        }
-        let named = ImageName::parse(reference).ok().and_then(|name| self.names.get(&name.to_string()));
-        if let Some(id) = named.filter(|id| self.images.contains_key(id)) {
-            return Ok(Some(id.clone()));
-        }
-        if bare.is_empty() || !is_hex(bare) {
-            return Ok(None);
-        }
-        let mut matching = self.images.keys().filter(|id| id.hex().starts_with(bare));
-        match (matching.next(), matching.next()) {
-            (Some(_), Some(_)) => Err(StoreError::Ambiguous { reference: reference.to_owned() }),
-            (found, _) => Ok(found.cloned()),
-        }
-    }
-
-    /// The image `id`, which is there.
-    fn image(&self, id: &ImageId) -> Image {
-        let record = &self.images[id];
-        let names = self.names.iter().filter(|(_, named)| *named == id).map(|(name, _)| name.clone());
-        let (repo_digests, repo_tags) = names.partition(|name| name.contains('@'));
-        Image {
-            id: id.clone(),
-            repo_tags,
-            repo_digests,
-            size: record.size,
-            config: record.config.clone().into(),
-            layers: record.layers.len() as u32,
-        }
-    }
-}
-
 /// A GUID that follows from a digest.
 fn guid(digest: &Digest) -> [u8; 16] {
     let mut guid = [0; 16];
@@ -469,8 +307,11 @@ fn guid(digest: &Digest) -> [u8; 16] {
 /// What is wrong with the numbers in the configuration.
 fn check(config: &StoreConfig) -> Result<(), String> {
     let mut problems = Vec::new();
-    if config.max_concurrent_downloads == 0 {
-        problems.push("max_concurrent_downloads must be at least 1");
+    if config.max_layers_at_once_per_pull == 0 {
+        problems.push("max_layers_at_once_per_pull must be at least 1");
+    }
+    if !(1..=Semaphore::MAX_PERMITS).contains(&config.max_layers_at_once) {
+        problems.push("max_layers_at_once must be at least 1, and no absurd number");
     }
     if config.pull_progress_timeout.is_zero() {
         problems.push("pull_progress_timeout must be above 0");
@@ -481,39 +322,5 @@ fn check(config: &StoreConfig) -> Result<(), String> {
     match problems.is_empty() {
         true => Ok(()),
         false => Err(problems.join("; ")),
-    }
-}
-
-/// Checks the version file; writes it if nothing else is there yet.
-fn check_version(root: &Path) -> Result<(), OpenError> {
-    let path = root.join("version");
-    match fs::read_to_string(&path) {
-        Ok(version) if version == VERSION => Ok(()),
-        Ok(_) => Err(OpenError::Version { path }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !root.join("metadata.redb").exists() => {
-            let written = write_durably(&root.join("version.new"), &path, &[VERSION.as_bytes()]);
-            written.map_err(|source| OpenError::Io { path, source })
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(OpenError::Version { path }),
-        Err(source) => Err(OpenError::Io { path, source }),
-    }
-}
-
-/// Writes a file so that it is there whole or not at all.
-fn write_durably(temporary: &Path, target: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let mut file = File::create(temporary)?;
-    for part in parts {
-        file.write_all(part)?;
-    }
-    file.sync_all()?;
-    fs::rename(temporary, target)?;
-    sync_parent(target)
-}
-
-/// Removes a file; one that is not there is a success.
-fn remove_file(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }

@@ -372,6 +372,47 @@ async fn pulls_at_once_fetch_a_layer_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn all_pulls_together_fetch_no_more_layers_at_once_than_configured() {
+    let registry = Registry::start().await;
+    let root = TempDir::new().unwrap();
+    let mut config = registry.config(root.path());
+    config.max_layers_at_once = 4;
+    let store = ImageStore::open(config).unwrap();
+    let tars = |first: u64| (first..first + 4).map(layer).collect::<Vec<_>>();
+    let (_, _, mut layers) = registry.put_image("a", "1", &tars(1));
+    layers.extend(registry.put_image("b", "1", &tars(11)).2);
+    registry.count(&layers);
+    registry.slow_down(Duration::from_millis(100));
+    let (a, b) = tokio::join!(pull(&store), store.pull("test.example/b:1", &Auth::Anonymous));
+    a.unwrap();
+    b.unwrap();
+    // 3 of each pull without the limit.
+    assert_eq!(registry.most_at_once(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_that_is_dropped_lets_the_layers_of_others_in() {
+    let registry = Registry::start().await;
+    let root = TempDir::new().unwrap();
+    let mut config = registry.config(root.path());
+    config.max_layers_at_once = 1;
+    let store = ImageStore::open(config).unwrap();
+    let (_, _, layers) = registry.put_image("a", "1", &[layer(1), layer(2)]);
+    registry.put_image("b", "1", &[layer(3), layer(4)]);
+    registry.fault(&layers[0], &[Fault::Hang(100_000)]);
+    registry.fault(&layers[1], &[Fault::Hang(100_000)]);
+    let hanging = tokio::spawn({
+        let store = store.clone();
+        async move { pull(&store).await.map(drop) }
+    });
+    let other = store.pull("test.example/b:1", &Auth::Anonymous);
+    tokio::pin!(other);
+    assert!(tokio::time::timeout(Duration::from_secs(1), &mut other).await.is_err(), "the only permit is taken");
+    hanging.abort();
+    tokio::time::timeout(Duration::from_secs(10), other).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pull_that_is_dropped_leaves_nothing_and_blocks_nobody() {
     let registry = Registry::start().await;
     let root = TempDir::new().unwrap();

@@ -6,6 +6,7 @@ use std::path::Path;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
+use super::contents::Contents;
 use crate::digest::{Digest, ImageId};
 use crate::image::ImageConfig;
 
@@ -44,14 +45,6 @@ impl From<StoredConfig> for ImageConfig {
             stored;
         Self { user, env, entrypoint, cmd, working_dir, stop_signal, labels, volumes, exposed_ports }
     }
-}
-
-/// All that is known at one moment.
-#[derive(Default)]
-pub(super) struct Contents {
-    pub images: BTreeMap<ImageId, Record>,
-    /// Full name → id.
-    pub names: BTreeMap<String, ImageId>,
 }
 
 pub(super) struct ImageDatabase {

@@ -54,6 +54,9 @@ struct Content {
     /// Each request: path, range, whether it had an Authorization header.
     requests: Vec<(String, Option<String>, bool)>,
     delay: Duration,
+    /// Paths whose requests are counted while they are answered, how many are, and the most there were.
+    counted: Vec<String>,
+    at_once: (usize, usize),
 }
 
 #[derive(Clone)]
@@ -110,6 +113,16 @@ impl Registry {
         self.content.lock().unwrap().requests.clone()
     }
 
+    /// Counts the requests to paths that end in one of `paths` while they are answered.
+    pub fn count(&self, paths: &[String]) {
+        self.content.lock().unwrap().counted = paths.to_vec();
+    }
+
+    /// The most such requests that there were at once.
+    pub fn most_at_once(&self) -> usize {
+        self.content.lock().unwrap().at_once.1
+    }
+
     /// Puts an image of gzipped layers as `repository:tag`; gives the digests of its manifest, configuration and layers.
     pub fn put_image(&self, repository: &str, tag: &str, tars: &[Vec<u8>]) -> (String, String, Vec<String>) {
         let blobs: Vec<_> = tars.iter().map(|tar| gzip(tar)).collect();
@@ -161,12 +174,20 @@ async fn answer(State(registry): State<Registry>, request: Request) -> Response<
     drop(request);
     let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let (range, authorization) = (header("range"), header("authorization"));
-    let (access, delay) = {
+    let (access, delay, counted) = {
         let mut content = registry.content.lock().unwrap();
         content.requests.push((path.clone(), range.clone(), authorization.is_some()));
-        (content.access.clone(), content.delay)
+        let counted = content.counted.iter().any(|end| path.ends_with(end.as_str()));
+        if counted {
+            content.at_once.0 += 1;
+            content.at_once.1 = content.at_once.1.max(content.at_once.0);
+        }
+        (content.access.clone(), content.delay, counted)
     };
     tokio::time::sleep(delay).await;
+    if counted {
+        registry.content.lock().unwrap().at_once.0 -= 1;
+    }
     if path == "/token" {
         return match access {
             Access::Token(wanted) if authorization.unwrap_or_default() == wanted => {
