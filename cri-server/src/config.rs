@@ -70,6 +70,8 @@ pub struct RawVmm {
 pub struct RawImages {
     /// Registry host, as in an image name, to the URL of its mirror.
     pub mirrors: BTreeMap<String, String>,
+    /// containerd's `certs.d`, for registries that are not among the mirrors.
+    pub certs_directory: Option<PathBuf>,
     /// Most bytes a layer may have after decompression, in MiB.
     pub max_layer_mib: Option<u64>,
     /// Layers fetched and converted at once by one pull.
@@ -172,6 +174,8 @@ pub struct VmmConfig {
 pub struct ImagesConfig {
     /// Registry host to the URL of its mirror.
     pub mirrors: BTreeMap<String, String>,
+    /// containerd's `certs.d`, for registries that are not among the mirrors.
+    pub certs_directory: PathBuf,
     /// Most bytes of a decompressed layer.
     pub max_layer_bytes: u64,
     /// Layers fetched and converted at once by one pull.
@@ -350,6 +354,10 @@ fn check_images(raw: RawImages, mistakes: &mut Mistakes) -> ImagesConfig {
     }
     ImagesConfig {
         mirrors: raw.mirrors,
+        certs_directory: mistakes.absolute(
+            "images.certs_directory",
+            raw.certs_directory.unwrap_or_else(|| "/etc/containerd/certs.d".into()),
+        ),
         max_layer_bytes: mistakes.within("images.max_layer_mib", raw.max_layer_mib.unwrap_or(16 * 1024), 1, 1 << 24)
             * MIB,
         concurrent_layers: mistakes.within("images.concurrent_layers", raw.concurrent_layers.unwrap_or(3).into(), 1, 64)

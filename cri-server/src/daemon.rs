@@ -116,6 +116,7 @@ fn image_config(config: &Config) -> StoreConfig {
     let mut store = StoreConfig::new(config.root.join("images"));
     store.registries.mirrors =
         config.images.mirrors.iter().map(|(host, url)| (host.clone(), vec![Endpoint::new(url)])).collect();
+    store.registries.certs_directory = Some(config.images.certs_directory.clone());
     store.limits.max_layer_bytes = config.images.max_layer_bytes;
     store.max_layers_at_once_per_pull = config.images.concurrent_layers;
     store.max_layers_at_once = config.images.concurrent_layers_total;

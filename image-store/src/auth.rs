@@ -25,6 +25,16 @@ pub enum Auth {
     IdentityToken(String),
 }
 
+/// Credentials, and whom they are for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// What is sent to those that ask for it.
+    pub auth: Auth,
+    /// The one server that they are sent to, as a host or an URL. `None`: each host that is configured for the image's
+    /// registry, as containerd does.
+    pub server: Option<String>,
+}
+
 /// The fields of CRI's `AuthConfig`; empty means absent.
 #[derive(Clone, Copy, Default)]
 pub struct AuthFields<'a> {
@@ -48,35 +58,38 @@ pub enum AuthError {
     /// The `auth` field is malformed. (The value is a secret and not shown.)
     #[error("the credentials' auth field is not base64 of user:password")]
     Malformed,
-    /// The credentials are for another registry.
-    #[error("the credentials are for {server:?}, but the image is at {registry:?}")]
-    OtherServer {
-        /// Whom the credentials are for.
-        server: String,
-        /// Where the image is.
-        registry: String,
-    },
 }
 
 impl AuthError {
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Malformed | Self::OtherServer { .. } => ErrorKind::InvalidArgument,
+            Self::Malformed => ErrorKind::InvalidArgument,
         }
     }
 }
 
+impl From<&Auth> for Credentials {
+    fn from(auth: &Auth) -> Self {
+        Self { auth: auth.clone(), server: None }
+    }
+}
+
+impl Credentials {
+    /// The credentials in CRI's `AuthConfig`. All fields empty is [`Auth::Anonymous`].
+    pub fn from_fields(fields: AuthFields<'_>) -> Result<Self, AuthError> {
+        let server = Some(fields.server_address.to_owned()).filter(|server| !server.is_empty());
+        Ok(Self { auth: Auth::from_fields(fields)?, server })
+    }
+
+    /// Whether they are for `host`, which may have a port.
+    pub(crate) fn are_for(&self, host: &str) -> bool {
+        self.server.as_ref().is_none_or(|server| server_host(server) == server_host(host))
+    }
+}
+
 impl Auth {
-    /// The credentials in CRI's `AuthConfig` for an image at `registry`, the host part of its name (see
-    /// [`crate::ImageName::registry`]). All fields empty is [`Auth::Anonymous`].
-    pub fn from_fields(fields: AuthFields<'_>, registry: &str) -> Result<Self, AuthError> {
-        if !fields.server_address.is_empty() && server_host(fields.server_address) != server_host(registry) {
-            return Err(AuthError::OtherServer {
-                server: fields.server_address.chars().take(200).collect(),
-                registry: registry.to_owned(),
-            });
-        }
+    fn from_fields(fields: AuthFields<'_>) -> Result<Self, AuthError> {
         if !fields.registry_token.is_empty() {
             return Ok(Self::RegistryToken(fields.registry_token.to_owned()));
         }
@@ -131,25 +144,29 @@ mod tests {
     #[test]
     fn the_auth_field_is_user_and_password() {
         let fields = AuthFields { auth: "dXNlcjpwYTpzcw==", ..AuthFields::default() };
-        let auth = Auth::from_fields(fields, "docker.io").unwrap();
-        assert_eq!(auth, Auth::Basic { username: "user".into(), password: "pa:ss".into() });
+        let credentials = Credentials::from_fields(fields).unwrap();
+        assert_eq!(credentials.auth, Auth::Basic { username: "user".into(), password: "pa:ss".into() });
+        assert_eq!(credentials.server, None);
     }
 
     #[test]
     fn a_malformed_auth_field_is_refused_without_showing_it() {
         for bad in ["%%%", "dXNlcg==", "/w=="] {
-            let error = Auth::from_fields(AuthFields { auth: bad, ..AuthFields::default() }, "docker.io").unwrap_err();
+            let error = Credentials::from_fields(AuthFields { auth: bad, ..AuthFields::default() }).unwrap_err();
             assert!(!error.to_string().contains(bad));
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         }
     }
 
     #[test]
-    fn credentials_of_another_server_are_refused() {
-        let fields = |server_address| AuthFields { username: "u", server_address, ..AuthFields::default() };
-        assert!(Auth::from_fields(fields("https://index.docker.io/v1/"), "docker.io").is_ok());
-        assert!(Auth::from_fields(fields("quay.io"), "quay.io").is_ok());
-        assert!(matches!(Auth::from_fields(fields("quay.io"), "gcr.io"), Err(AuthError::OtherServer { .. })));
+    fn credentials_are_for_the_server_they_name_alone() {
+        let for_server = |server_address| {
+            Credentials::from_fields(AuthFields { username: "u", server_address, ..AuthFields::default() }).unwrap()
+        };
+        assert!(for_server("https://index.docker.io/v1/").are_for("registry-1.docker.io"));
+        assert!(for_server("quay.io").are_for("quay.io") && !for_server("quay.io").are_for("gcr.io"));
+        assert!(!for_server("quay.io").are_for("quay.io:5000"));
+        assert!(for_server("").are_for("quay.io"));
     }
 
     #[test]

@@ -40,8 +40,11 @@ impl StoreConfig {
 pub struct RegistryConfig {
     /// For a registry's host as it stands in image names (such as `docker.io` or `localhost:5000`), the endpoints it is
     /// reached through, tried in this order. A host that is listed is reached through these alone: to fall back to the
-    /// registry itself, list it last. A host that is not listed is reached at `https://HOST`.
+    /// registry itself, list it last. A host that is in neither is reached at `https://HOST`.
     pub mirrors: BTreeMap<String, Vec<Endpoint>>,
+    /// containerd's `certs.d`: for a host that is not among the mirrors, `HOST/hosts.toml` in it says how it is reached, or
+    /// `_default/hosts.toml`. Read at each pull; it need not exist.
+    pub certs_directory: Option<PathBuf>,
     /// How long a connection may take to come about.
     pub connect_timeout: Duration,
     /// How often a request is tried again after a lost connection, a 429 or a 5xx. For a layer the count starts anew
@@ -57,6 +60,7 @@ impl Default for RegistryConfig {
     fn default() -> Self {
         Self {
             mirrors: BTreeMap::new(),
+            certs_directory: None,
             connect_timeout: Duration::from_secs(10),
             retries: 4,
             backoff: Duration::from_millis(250),

@@ -22,11 +22,12 @@ mod reference;
 mod registry;
 mod store;
 
-pub use auth::{Auth, AuthError, AuthFields};
+pub use auth::{Auth, AuthError, AuthFields, Credentials};
 pub use config::{Endpoint, Limits, RegistryConfig, StoreConfig};
 pub use digest::{Digest, ImageId, InvalidDigest};
 pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage};
 pub use layer::{ConvertReport, LayerError, convert_blob};
 pub use pull::PullError;
 pub use reference::{ImageName, ReferenceError};
+pub use registry::RegistryError;
 pub use store::{ImageStore, OpenError, StoreError};

@@ -9,11 +9,11 @@ use isopod_proto::ErrorKind;
 use tokio::sync::mpsc;
 
 use self::manifest::{Blob, Document, DocumentError};
-use crate::auth::Auth;
+use crate::auth::Credentials;
 use crate::digest::{Digest, ImageId};
 use crate::layer::{LayerError, LayerJob, start};
 use crate::reference::{ImageName, ReferenceError, Version};
-use crate::registry::{FetchError, Registry};
+use crate::registry::{Capability, FetchError, Registry, RegistryError};
 use crate::store::{ImageStore, Pin, StoreError};
 
 /// Why an image cannot be pulled.
@@ -115,13 +115,14 @@ pub enum PullError {
         #[source]
         source: LayerError,
     },
-    /// No HTTP client can be made for the registry.
-    #[error("image {reference}: its registry cannot be used: {problem}")]
-    Client {
+    /// The registry cannot be used as it is configured, or with these credentials.
+    #[error("image {reference}: its registry cannot be used")]
+    Registry {
         /// What was asked for.
         reference: String,
         /// Why.
-        problem: String,
+        #[source]
+        source: RegistryError,
     },
     /// The store failed.
     #[error("image {reference} cannot be stored")]
@@ -140,7 +141,8 @@ impl PullError {
         match self {
             Self::Reference { source } => source.kind(),
             Self::NotFound { .. } | Self::Platform { .. } => ErrorKind::NotFound,
-            Self::Unauthorized { .. } | Self::Client { .. } => ErrorKind::FailedPrecondition,
+            Self::Unauthorized { .. } => ErrorKind::FailedPrecondition,
+            Self::Registry { source, .. } => source.kind(),
             Self::Unavailable { .. } => ErrorKind::Unavailable,
             Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
             Self::TooLarge { .. } => ErrorKind::ResourceExhausted,
@@ -152,11 +154,12 @@ impl PullError {
     }
 }
 
-pub(crate) async fn pull(store: &ImageStore, reference: &str, auth: &Auth) -> Result<ImageId, PullError> {
+pub(crate) async fn pull(store: &ImageStore, reference: &str, credentials: &Credentials) -> Result<ImageId, PullError> {
     let name = ImageName::parse(reference).map_err(|source| PullError::Reference { source })?;
     let config = &store.inner.config;
-    let registry = Registry::new(&store.inner.http, &name, auth, config.pull_progress_timeout)
-        .map_err(|problem| PullError::Client { reference: name.to_string(), problem })?;
+    let registry = Registry::new(&store.inner.http, &name, credentials, config.pull_progress_timeout)
+        .await
+        .map_err(|source| PullError::Registry { reference: name.to_string(), source })?;
     Pull { store, name, registry }.run().await
 }
 
@@ -222,11 +225,11 @@ impl Pull<'_> {
 
     /// The digest the name stands for, and the configuration and layers that are meant for this platform.
     async fn manifest(&self) -> Result<(Digest, Blob, Vec<Blob>), PullError> {
-        let (path, expected) = match self.name.version() {
-            Version::Tag(tag) => (format!("manifests/{tag}"), None),
-            Version::Digest(digest) => (format!("manifests/{digest}"), Some(digest)),
+        let (path, expected, capability) = match self.name.version() {
+            Version::Tag(tag) => (format!("manifests/{tag}"), None, Capability::Resolve),
+            Version::Digest(digest) => (format!("manifests/{digest}"), Some(digest), Capability::Pull),
         };
-        let bytes = self.fetch(&path, manifest::ACCEPT, "manifest").await?;
+        let bytes = self.fetch(capability, &path, manifest::ACCEPT, "manifest").await?;
         let digest = Digest::of(&bytes);
         if let Some(expected) = expected {
             self.check("manifest", expected, &digest)?;
@@ -306,14 +309,20 @@ impl Pull<'_> {
         what: &'static str,
         expected: &Digest,
     ) -> Result<Vec<u8>, PullError> {
-        let bytes = self.fetch(path, accept, what).await?;
+        let bytes = self.fetch(Capability::Pull, path, accept, what).await?;
         self.check(what, expected, &Digest::of(&bytes))?;
         Ok(bytes)
     }
 
-    async fn fetch(&self, path: &str, accept: &str, what: &'static str) -> Result<Vec<u8>, PullError> {
+    async fn fetch(
+        &self,
+        capability: Capability,
+        path: &str,
+        accept: &str,
+        what: &'static str,
+    ) -> Result<Vec<u8>, PullError> {
         let limit = self.store.inner.config.limits.max_manifest_bytes;
-        self.registry.get(path, accept, limit).await.map_err(|error| self.fetch_error(what, error))
+        self.registry.get(capability, path, accept, limit).await.map_err(|error| self.fetch_error(what, error))
     }
 
     fn check(&self, what: &'static str, expected: &Digest, actual: &Digest) -> Result<(), PullError> {

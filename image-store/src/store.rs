@@ -33,7 +33,7 @@ pub use self::error::{OpenError, StoreError};
 use self::error::{database_error, io_error};
 use self::files::{check_version, remove_file, write_durably};
 use self::gpt::{EDGE, Partition};
-use crate::auth::Auth;
+use crate::auth::Credentials;
 use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
 use crate::image::{DiskSegment, Image, ImageDisk, Usage};
@@ -48,7 +48,7 @@ pub struct ImageStore {
 
 pub(crate) struct Inner {
     pub(crate) config: StoreConfig,
-    pub(crate) http: HttpClients,
+    pub(crate) http: Arc<HttpClients>,
     database: ImageDatabase,
     /// Layers that running pulls want, with how many want each. Held while anything is removed or made known.
     pins: Mutex<HashMap<Digest, usize>>,
@@ -78,6 +78,7 @@ impl ImageStore {
             source => OpenError::Database { path, source },
         })?;
         let permits = Arc::new(Semaphore::new(config.max_layers_at_once));
+        let http = Arc::new(http);
         let inner = Inner { config, http, database, pins: Mutex::default(), making: Mutex::default(), permits };
         inner.clean().map_err(|source| OpenError::Store { root, source })?;
         Ok(Self { inner: Arc::new(inner) })
@@ -85,8 +86,8 @@ impl ImageStore {
 
     /// Fetches an image and gives its id. The registry is asked what the name stands for; layers that are here already are
     /// not fetched again. Dropping the future cancels the pull: its threads stop and what was half made is removed.
-    pub async fn pull(&self, reference: &str, auth: &Auth) -> Result<ImageId, PullError> {
-        pull::pull(self, reference, auth).await
+    pub async fn pull(&self, reference: &str, credentials: impl Into<Credentials>) -> Result<ImageId, PullError> {
+        pull::pull(self, reference, &credentials.into()).await
     }
 
     /// All images, sorted by id.

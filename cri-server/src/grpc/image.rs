@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use isopod_image_store::{Auth, AuthFields, Image as StoredImage, ImageName, ImageStore, StoreError};
+use isopod_image_store::{AuthFields, Credentials, Image as StoredImage, ImageStore, StoreError};
 use tonic::{Request, Response, Status};
 
 use super::{Batches, observe, status};
@@ -106,7 +106,6 @@ impl cri::image_service_server::ImageService for Images {
         let wanted = reference(request.image)?;
         let fields = request.auth.unwrap_or_default();
         observe("PullImage", &wanted.clone(), async move {
-            let name = ImageName::parse(&wanted).map_err(|error| status::of(&error))?;
             let fields = AuthFields {
                 username: &fields.username,
                 password: &fields.password,
@@ -115,8 +114,8 @@ impl cri::image_service_server::ImageService for Images {
                 identity_token: &fields.identity_token,
                 registry_token: &fields.registry_token,
             };
-            let auth = Auth::from_fields(fields, name.registry()).map_err(|error| status::of(&error))?;
-            let id = self.store.pull(&wanted, &auth).await.map_err(|error| status::of_pull(&error))?;
+            let credentials = Credentials::from_fields(fields).map_err(|error| status::of(&error))?;
+            let id = self.store.pull(&wanted, credentials).await.map_err(|error| status::of_pull(&error))?;
             Ok(Response::new(cri::PullImageResponse { image_ref: id.to_string() }))
         })
         .await

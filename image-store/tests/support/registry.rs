@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{Response, StatusCode};
+use axum::http::{HeaderMap, Response, StatusCode};
 use futures_util::stream;
 use isopod_image_store::{Endpoint, ImageStore, StoreConfig};
 
@@ -53,6 +53,8 @@ struct Content {
     access: Access,
     /// Each request: path, range, whether it had an Authorization header.
     requests: Vec<(String, Option<String>, bool)>,
+    /// The same: path with its query, and headers.
+    details: Vec<(String, HeaderMap)>,
     delay: Duration,
     /// Paths whose requests are counted while they are answered, how many are, and the most there were.
     counted: Vec<String>,
@@ -70,9 +72,23 @@ impl Registry {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let registry = Self { content: Arc::default(), address };
-        let app = Router::new().fallback(answer).with_state(registry.clone());
+        let app = registry.app();
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         registry
+    }
+
+    fn app(&self) -> Router {
+        Router::new().fallback(answer).with_state(self.clone())
+    }
+
+    /// Serves the same over TLS.
+    pub async fn serve_tls(&self, config: rustls::ServerConfig) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let app = self.app();
+        tokio::spawn(async move { axum::serve(TlsListener { listener, acceptor }, app).await.unwrap() });
+        address
     }
 
     pub fn url(&self) -> String {
@@ -123,6 +139,11 @@ impl Registry {
         self.content.lock().unwrap().at_once.1
     }
 
+    /// Each request: path with its query, and headers.
+    pub fn details(&self) -> Vec<(String, HeaderMap)> {
+        self.content.lock().unwrap().details.clone()
+    }
+
     /// Puts an image of gzipped layers as `repository:tag`; gives the digests of its manifest, configuration and layers.
     pub fn put_image(&self, repository: &str, tag: &str, tars: &[Vec<u8>]) -> (String, String, Vec<String>) {
         let blobs: Vec<_> = tars.iter().map(|tar| gzip(tar)).collect();
@@ -164,6 +185,30 @@ impl Registry {
     }
 }
 
+/// Connections whose TLS handshake succeeds.
+struct TlsListener {
+    listener: tokio::net::TcpListener,
+    acceptor: tokio_rustls::TlsAcceptor,
+}
+
+impl axum::serve::Listener for TlsListener {
+    type Io = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let (connection, address) = self.listener.accept().await.unwrap();
+            if let Ok(stream) = self.acceptor.accept(connection).await {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.listener.local_addr()
+    }
+}
+
 fn status(code: u16) -> Response<Body> {
     Response::builder().status(code).body(Body::empty()).unwrap()
 }
@@ -171,12 +216,14 @@ fn status(code: u16) -> Response<Body> {
 async fn answer(State(registry): State<Registry>, request: Request) -> Response<Body> {
     let path = request.uri().path().to_owned();
     let headers = request.headers().clone();
+    let with_query = request.uri().path_and_query().unwrap().to_string();
     drop(request);
     let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let (range, authorization) = (header("range"), header("authorization"));
     let (access, delay, counted) = {
         let mut content = registry.content.lock().unwrap();
         content.requests.push((path.clone(), range.clone(), authorization.is_some()));
+        content.details.push((with_query, headers.clone()));
         let counted = content.counted.iter().any(|end| path.ends_with(end.as_str()));
         if counted {
             content.at_once.0 += 1;
