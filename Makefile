@@ -5,7 +5,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench bench-images node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -59,6 +59,10 @@ node: all fixtures
 ## make bench       the figures of SPECIFICATION.md
 bench: all fixtures
 	@tests/bench/run
+
+## make bench-images MB=300 RUNS=1  pulls natively, isopod's store beside containerd, images of about so many MB each
+bench-images:
+	@tests/bench/images $(or $(MB),300) $(or $(RUNS),1)
 
 ## make lint        formatting and clippy
 lint:
