@@ -23,6 +23,13 @@ pub struct Finding {
 pub enum Verdict {
     /// It is.
     Good,
+    /// Pods run, with a layer less around them.
+    Weaker {
+        /// What is missing.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
     /// Pods cannot run.
     NoPods {
         /// What is wrong.
@@ -40,9 +47,9 @@ pub enum Verdict {
 }
 
 impl Finding {
-    /// Whether the need is met.
+    /// Whether the need is met, if not in the best way.
     pub fn is_good(&self) -> bool {
-        self.verdict == Verdict::Good
+        matches!(self.verdict, Verdict::Good | Verdict::Weaker { .. })
     }
 }
 
@@ -50,6 +57,9 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.verdict {
             Verdict::Good => write!(f, "ok    {}", self.subject),
+            Verdict::Weaker { problem, remedy } => {
+                write!(f, "WARN  {}: {problem}\n      -> {remedy}", self.subject)
+            }
             Verdict::NoPods { problem, remedy } | Verdict::NoNetwork { problem, remedy } => {
                 write!(f, "FAIL  {}: {problem}\n      -> {remedy}", self.subject)
             }
@@ -62,7 +72,7 @@ pub fn first_problem(findings: &[Finding], network: bool) -> Option<String> {
     findings.iter().find_map(|finding| match &finding.verdict {
         Verdict::NoPods { problem, .. } if !network => Some(format!("{}: {problem}", finding.subject)),
         Verdict::NoNetwork { problem, .. } if network => Some(format!("{}: {problem}", finding.subject)),
-        Verdict::Good | Verdict::NoPods { .. } | Verdict::NoNetwork { .. } => None,
+        Verdict::Good | Verdict::Weaker { .. } | Verdict::NoPods { .. } | Verdict::NoNetwork { .. } => None,
     })
 }
 
@@ -88,6 +98,8 @@ pub fn host(config: &Config) -> Vec<Finding> {
         pods("guest kernel", kernel(&config.vmm.kernel)),
         pods("guest initramfs", readable(&config.vmm.initramfs)),
         pods("cgroup v2", cgroups()),
+        pods("the VMM's jail", jail(Path::new("/proc"))),
+        Finding { subject: "Landlock", verdict: landlock(Path::new("/sys/kernel/security/lsm")) },
         pods("mkfs.ext4", tool("mkfs.ext4", "e2fsprogs")),
         network("/dev/net/tun", tun(Path::new("/dev/net/tun"))),
         network("nft", tool("nft", "nftables")),
@@ -168,6 +180,42 @@ fn cgroups() -> Result<(), (String, String)> {
     }
 }
 
+/// What the VMM's jail (`vmm/src/jail.rs`) needs of the kernel, as the proc file system `proc` tells.
+fn jail(proc: &Path) -> Result<(), (String, String)> {
+    for kind in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
+        if !proc.join("self/ns").join(kind).exists() {
+            let remedy = "use a kernel with CONFIG_NAMESPACES and all that depends on it, as every distribution's is";
+            return Err((format!("the kernel has no {kind} namespaces"), remedy.to_owned()));
+        }
+        let setting = format!("user.max_{kind}_namespaces");
+        let limit = std::fs::read_to_string(proc.join("sys").join(setting.replace('.', "/"))).unwrap_or_default();
+        if limit.trim() == "0" {
+            return Err((format!("{setting} is 0"), format!("sysctl -w {setting}=65536")));
+        }
+    }
+    let actions = std::fs::read_to_string(proc.join("sys/kernel/seccomp/actions_avail")).unwrap_or_default();
+    if !actions.split_whitespace().any(|action| action == "kill_process") {
+        let remedy = "use a kernel of at least 4.14 with CONFIG_SECCOMP_FILTER";
+        return Err(("the kernel has no filters of system calls that kill".to_owned(), remedy.to_owned()));
+    }
+    Ok(())
+}
+
+/// Whether Landlock is in the list of security modules at `list`; without it the jail has a layer less.
+fn landlock(list: &Path) -> Verdict {
+    match std::fs::read_to_string(list) {
+        Ok(modules) if modules.trim().split(',').any(|module| module == "landlock") => Verdict::Good,
+        Ok(modules) => Verdict::Weaker {
+            problem: format!("it is not among the kernel's security modules ({})", modules.trim()),
+            remedy: "add landlock to the kernel's argument lsm=".to_owned(),
+        },
+        Err(error) => Verdict::Weaker {
+            problem: format!("cannot tell whether the kernel has it: {}: {error}", list.display()),
+            remedy: "mount -t securityfs securityfs /sys/kernel/security".to_owned(),
+        },
+    }
+}
+
 fn tun(path: &Path) -> Result<(), (String, String)> {
     let opened = std::fs::OpenOptions::new().read(true).write(true).open(path);
     opened.map(drop).map_err(|error| (format!("{}: {error}", path.display()), "load the module tun".to_owned()))
@@ -208,6 +256,40 @@ mod tests {
         assert!(check_kernel(&path).expect_err("not a kernel").contains("not a kernel"));
         std::fs::write(&path, b"\x7fELF\x02\x01\x01").expect("written");
         assert_eq!(check_kernel(&path), Ok(()));
+    }
+
+    #[test]
+    fn a_kernel_without_what_a_jail_is_made_of_is_told() {
+        assert_eq!(jail(Path::new("/proc")), Ok(()));
+        let proc = tempfile::tempdir().expect("a directory");
+        assert!(jail(proc.path()).expect_err("nothing").0.contains("mnt namespaces"));
+        let (spaces, user, seccomp) =
+            (proc.path().join("self/ns"), proc.path().join("sys/user"), proc.path().join("sys/kernel/seccomp"));
+        for path in [&spaces, &user, &seccomp] {
+            std::fs::create_dir_all(path).expect("made");
+        }
+        for kind in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
+            std::fs::write(spaces.join(kind), "").expect("written");
+        }
+        std::fs::write(seccomp.join("actions_avail"), "kill_thread trap allow\n").expect("written");
+        assert!(jail(proc.path()).expect_err("too old").0.contains("filters"));
+        std::fs::write(seccomp.join("actions_avail"), "kill_process kill_thread\n").expect("written");
+        assert_eq!(jail(proc.path()), Ok(()));
+        std::fs::write(user.join("max_pid_namespaces"), "0\n").expect("written");
+        assert_eq!(jail(proc.path()).expect_err("none allowed").1, "sysctl -w user.max_pid_namespaces=65536");
+    }
+
+    #[test]
+    fn a_kernel_without_landlock_is_good_enough_and_told() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let list = directory.path().join("lsm");
+        let finding = |verdict| Finding { subject: "Landlock", verdict };
+        assert!(finding(landlock(&list)).to_string().starts_with("WARN"));
+        std::fs::write(&list, "lockdown,capability,yama").expect("written");
+        let weaker = finding(landlock(&list));
+        assert!(weaker.is_good() && weaker.to_string().contains("lsm="), "{weaker}");
+        std::fs::write(&list, "capability,landlock,yama\n").expect("written");
+        assert_eq!(landlock(&list), Verdict::Good);
     }
 
     #[test]

@@ -62,6 +62,10 @@ pub struct RawVmm {
     pub verbose_console: Option<bool>,
     /// Size of a pod's scratch disk, in MiB; the file is sparse.
     pub scratch_mib: Option<u64>,
+    /// The first of the users that the VMMs are, one a sandbox; groups have the same numbers.
+    pub first_uid: Option<u32>,
+    /// How many such users there are.
+    pub uids: Option<u32>,
 }
 
 /// Section `[images]`.
@@ -167,6 +171,17 @@ pub struct VmmConfig {
     pub verbose_console: bool,
     /// Bytes of a pod's scratch disk.
     pub scratch_bytes: u64,
+    /// The users that the VMMs are.
+    pub users: UserRange,
+}
+
+/// Users, and groups of the same numbers, that nothing else on the host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct UserRange {
+    /// The first.
+    pub first: u32,
+    /// How many, at least 1.
+    pub count: u32,
 }
 
 /// Settings of the image store.
@@ -340,7 +355,21 @@ fn check_vmm(raw: RawVmm, mistakes: &mut Mistakes) -> VmmConfig {
         )),
         verbose_console: raw.verbose_console.unwrap_or(false),
         scratch_bytes: mistakes.within("vmm.scratch_mib", raw.scratch_mib.unwrap_or(10 * 1024), 16, 1 << 24) * MIB,
+        users: check_users(raw.first_uid, raw.uids, mistakes),
     }
+}
+
+fn check_users(first: Option<u32>, count: Option<u32>, mistakes: &mut Mistakes) -> UserRange {
+    // By default what systemd leaves to nobody (https://systemd.io/UIDS-GIDS): above the users of containers, below 2^31.
+    let first = first.unwrap_or(0x7000_0000);
+    let count = mistakes.within("vmm.uids", count.unwrap_or(0x1_0000).into(), 1, 1 << 24) as u32;
+    let last = u64::from(first) + u64::from(count) - 1;
+    // Below are the users of the system and those who log in, above is what the kernel takes for "no user".
+    mistakes.within("vmm.first_uid", first.into(), 1000, u64::from(u32::MAX) - 1);
+    if last > u64::from(u32::MAX) - 1 {
+        mistakes.add("vmm.uids", format!("{count} users from {first} on are more than there are"));
+    }
+    UserRange { first, count }
 }
 
 fn check_images(raw: RawImages, mistakes: &mut Mistakes) -> ImagesConfig {

@@ -5,6 +5,7 @@ use isopod_image_store::ImageStore;
 use crate::config::Config;
 use crate::index::Index;
 use crate::network::Network;
+use crate::sandbox::users::Users;
 use crate::store::Store;
 use crate::volume::mirror::watch::Watches;
 
@@ -18,6 +19,8 @@ pub struct Context {
     pub images: ImageStore,
     /// The pods' network.
     pub network: Network,
+    /// Which users the VMMs are.
+    pub users: Users,
     /// What clients are shown.
     pub index: Index,
     /// What tells of changes of the host's directories.

@@ -24,6 +24,7 @@ use crate::grpc::{Images, Sandboxes};
 use crate::index::Index;
 use crate::network::Network;
 use crate::runtime::Runtime;
+use crate::sandbox::users::Users;
 use crate::sandbox::{SandboxRecord, scratch};
 use crate::store::Store;
 use crate::streaming::Streaming;
@@ -34,7 +35,7 @@ const DRAIN: Duration = Duration::from_secs(20);
 
 /// Runs the daemon until SIGTERM or SIGINT. Sandboxes live on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    for finding in check::host(&config).iter().filter(|finding| !finding.is_good()) {
+    for finding in check::host(&config).iter().filter(|finding| finding.verdict != check::Verdict::Good) {
         tracing::warn!("{finding}");
     }
     for directory in [&config.root, &config.state, &config.state.join("sandboxes")] {
@@ -51,8 +52,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (socket, streaming) = (config.socket.clone(), config.streaming.clone());
     network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
-    let context =
-        Context { config, store, images: images.clone(), network, index: Index::default(), watches: Watches::start() };
+    let context = Context {
+        users: Users::new(config.vmm.users),
+        config,
+        store,
+        images: images.clone(),
+        network,
+        index: Index::default(),
+        watches: Watches::start(),
+    };
     let runtime = Runtime::new(Arc::new(context));
     runtime.resume(stored).await;
     let streaming = Streaming::start(&streaming, runtime.clone())

@@ -135,6 +135,7 @@ impl Runtime {
                         cgroup: None,
                         file_server: None,
                         size: None,
+                        uid: None,
                     };
                     self.inner.tasks.spawn(Arc::clone(&self.inner).bring_up(record));
                 }
@@ -240,6 +241,7 @@ mod tests {
     use crate::index::Index;
     use crate::network::Network;
     use crate::sandbox::resources;
+    use crate::sandbox::users::Users;
     use crate::store::Store;
     use crate::vmm::{VSOCK_SOCKET, Vm};
     use crate::volume::mirror::watch::Watches;
@@ -257,7 +259,8 @@ mod tests {
         let store = Store::open(&config.root.join("state.redb")).expect("opened");
         let images = ImageStore::open(StoreConfig::new(config.root.join("images"))).expect("opened");
         let network = Network::new(&config, store.clone());
-        Context { config, store, images, network, index: Index::default(), watches: Watches::start() }
+        let users = Users::new(config.vmm.users);
+        Context { config, store, images, network, users, index: Index::default(), watches: Watches::start() }
     }
 
     fn created(sandbox: &ObjectId) -> ContainerRecord {

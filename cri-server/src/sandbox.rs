@@ -17,6 +17,7 @@ pub mod files;
 pub mod resources;
 pub mod scratch;
 pub mod size;
+pub mod users;
 
 mod ending;
 pub mod exec;
@@ -83,6 +84,9 @@ pub struct SandboxRecord {
     /// How large its VM was made; a VM does not grow.
     #[serde(default)]
     pub size: Option<size::Size>,
+    /// The user that its VMM is; a VMM of an earlier version is root.
+    #[serde(default)]
+    pub uid: Option<u32>,
 }
 
 impl SandboxRecord {
@@ -118,6 +122,7 @@ impl SandboxRecord {
             cgroup: None,
             file_server: None,
             size: None,
+            uid: None,
         }
     }
 }

@@ -31,6 +31,7 @@ fn spec(directory: &Path, binary: PathBuf) -> VmSpec {
         directory: directory.into(),
         // A plain directory takes the pid as a file.
         cgroup: directory.join("cgroup"),
+        uid: 0x7000_0000,
         vcpus: 1,
         memory_bytes: 64 << 20,
         kernel: null(),
@@ -99,8 +100,10 @@ async fn a_vmm_that_cannot_be_executed_is_an_error() {
 
 #[tokio::test]
 async fn a_vmm_that_cannot_enter_its_cgroup_is_killed() {
-    let (directory, binary) =
-        fake("echo $$ >\"$(dirname \"$0\")/pid\"; cat /proc/self/fd/$2 >/dev/null; exec sleep 300");
+    let (directory, binary) = fake(
+        "read -r pid rest </proc/self/stat; echo $pid >\"$(dirname \"$0\")/pid\"; cat /proc/self/fd/$2 >/dev/null; \
+         exec sleep 300",
+    );
     std::fs::remove_dir(directory.path().join("cgroup")).expect("removed");
     assert!(start(directory.path(), binary).await.is_err());
     if let Ok(pid) = std::fs::read_to_string(directory.path().join("pid")) {

@@ -32,7 +32,8 @@ pub fn run(mut go: impl Read, mut ready: impl Write, control: &UnixListener, fus
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS;
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
     unshare(namespaces).map_err(|error| io::Error::other(format!("cannot make namespaces: {error}")))?;
     jail::separate_mounts()?;
     let (server, link) = start_server(fuse)?;

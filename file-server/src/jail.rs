@@ -3,17 +3,21 @@
 //! It starts as a child of the broker, in the namespaces that the broker has made, as process 1 of a PID namespace, with the
 //! host's mounts still in sight. What it does here, in this order, ends that.
 
+mod seccomp;
+
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::fs::{CWD, Mode, OFlags};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags};
-use rustix::process::{Resource, Rlimit, Signal};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use isopod_jail::new_filesystem;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
+use rustix::thread::CapabilitySet;
 
 use crate::server::Server;
 use crate::session;
+use seccomp::Filters;
 
 /// What root needs to do with files as it likes. Not CAP_DAC_READ_SEARCH, which opens files by handle, wherever they are, and
 /// not CAP_MKNOD.
@@ -24,8 +28,6 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP);
 /// Descriptors the server may have: one for each file that the guest knows.
 const MAX_DESCRIPTORS: u64 = 1 << 20;
-/// Capabilities that any kernel may know.
-const CAPABILITY_BITS: u64 = 64;
 
 fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> io::Error {
     move |errno| io::Error::other(format!("cannot {what}: {errno}"))
@@ -41,15 +43,21 @@ pub fn serve(fuse: UnixStream, control: UnixStream) -> io::Result<()> {
     enter_empty_root().map_err(failed("enter an empty root"))?;
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("open the root"))?;
-    drop_privileges().map_err(failed("drop capabilities"))?;
+    drop_privileges()?;
+    let filters = Filters::compile();
+    filters.confine_first()?;
 
     let server = Server::new(root, descriptors);
     // Tells the broker that the root is there.
     (&control).write_all(b"\n")?;
+    let confine = || filters.confine_worker();
     std::thread::scope(|scope| {
-        let letting_go =
-            std::thread::Builder::new().name("shares".to_owned()).spawn_scoped(scope, || let_go(&server, &control))?;
-        let result = session::run(&server, &fuse);
+        let work = || {
+            confine();
+            let_go(&server, &control)
+        };
+        let letting_go = std::thread::Builder::new().name("shares".to_owned()).spawn_scoped(scope, work)?;
+        let result = session::run(&server, &fuse, &confine);
         // Ends the other thread.
         let _ = control.shutdown(std::net::Shutdown::Both);
         letting_go.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))?;
@@ -81,51 +89,25 @@ fn raise_limit() {
 
 /// The directory of this process's own descriptors, in a proc file system that shows no process outside and is mounted nowhere.
 fn own_descriptors() -> rustix::io::Result<OwnedFd> {
-    let proc = new_filesystem("proc", &[])?;
+    let proc = new_filesystem("proc", &[], MountAttrFlags::empty())?;
     rustix::fs::openat(&proc, "self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-}
-
-fn new_filesystem(kind: &str, options: &[(&str, &str)]) -> rustix::io::Result<OwnedFd> {
-    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in options {
-        rustix::mount::fsconfig_set_string(&context, *key, *value)?;
-    }
-    rustix::mount::fsconfig_create(&context)?;
-    let attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// Makes an empty file system the root of the mount namespace and detaches everything else. The broker, which is in the same
 /// namespace, gets the new root with it.
 fn enter_empty_root() -> rustix::io::Result<()> {
     // Room for mount points only.
-    let root = new_filesystem("tmpfs", &[("mode", "0755"), ("size", "1048576")])?;
-    // Any directory will do; this one is there.
-    let place = "/proc";
-    rustix::mount::move_mount(&root, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    rustix::process::fchdir(root.as_fd())?;
-    rustix::process::pivot_root(".", ".")?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    rustix::process::chdir("/")
+    let root = new_filesystem("tmpfs", &[("mode", "0755"), ("size", "1048576")], MountAttrFlags::empty())?;
+    isopod_jail::enter_empty_root(&root)
 }
 
-/// Leaves the capabilities that are needed, for good.
-fn drop_privileges() -> rustix::io::Result<()> {
-    for bit in 0..CAPABILITY_BITS {
-        let capability = CapabilitySet::from_bits_retain(1 << bit);
-        if CAPABILITIES.contains(capability) {
-            continue;
-        }
-        match rustix::thread::remove_capability_from_bounding_set(capability) {
-            // The kernel knows no more.
-            Err(rustix::io::Errno::INVAL) => break,
-            result => result?,
-        }
-    }
-    let sets = CapabilitySets { effective: CAPABILITIES, permitted: CAPABILITIES, inheritable: CapabilitySet::empty() };
-    rustix::thread::set_capabilities(None, sets)?;
-    rustix::thread::set_no_new_privs(true)
+/// Leaves the capabilities that are needed, for good, and nothing of its memory to a core file or a debugger.
+fn drop_privileges() -> io::Result<()> {
+    let failed = |error: isopod_jail::JailError| io::Error::other(format!("{error}: {}", error.source));
+    isopod_jail::limit(Resource::Core, 0).map_err(failed)?;
+    isopod_jail::bound_capabilities(CAPABILITIES).map_err(failed)?;
+    isopod_jail::keep_capabilities(CAPABILITIES).map_err(failed)?;
+    Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// Stops mounts from spreading between this mount namespace and the one it is a copy of. Shares that are to follow the host

@@ -11,14 +11,15 @@ use crate::server::Server;
 /// Threads that serve requests: a file system of the host that takes its time holds up as many requests before all wait.
 const THREADS: usize = 4;
 
-/// Serves requests from `stream` until its end, which is that of the VM.
-pub fn run(server: &Server, stream: &UnixStream) -> io::Result<()> {
+/// Serves requests from `stream` until its end, which is that of the VM. Each thread that does so calls `begin` first.
+pub fn run(server: &Server, stream: &UnixStream, begin: &(dyn Fn() + Sync)) -> io::Result<()> {
     let (input, output) = (Mutex::new(stream), Mutex::new(stream));
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..THREADS)
             .map(|number| {
                 let name = format!("files {number}");
                 std::thread::Builder::new().name(name).spawn_scoped(scope, || {
+                    begin();
                     let result = serve(server, &input, &output);
                     // The others may wait for a request.
                     let _ = stream.shutdown(std::net::Shutdown::Both);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use isopod_proto::agent::Hello;
-use isopod_proto::vmm::{VmConfig, VmExit};
+use isopod_proto::vmm::{User, VmConfig, VmExit};
 use isopod_proto::{HELLO_PORT, MAX_HELLO, decode_frame};
 use prost::Message;
 use tempfile::TempDir;
@@ -82,6 +82,7 @@ impl MicroVm {
                 control_fd: CONTROL_FD,
                 vsock_fd: VSOCK_FD,
                 guest_cid: 3,
+                user: Some(User { uid: 0x7000_0000, gid: 0x7000_0000 }),
                 exit_fd: EXIT_FD,
                 ..VmConfig::default()
             }

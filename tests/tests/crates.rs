@@ -6,11 +6,12 @@ use std::process::Command;
 use anyhow::Context;
 
 /// Each member with the members it may depend on; `isopod-tests` may use all.
-const ALLOWED: [(&str, &[&str]); 6] = [
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("isopod-proto", &[]),
-    ("isopod-vmm", &["isopod-proto"]),
+    ("isopod-jail", &[]),
+    ("isopod-vmm", &["isopod-proto", "isopod-jail"]),
     ("isopod-agent", &["isopod-proto"]),
-    ("isopod-fs", &["isopod-proto"]),
+    ("isopod-fs", &["isopod-proto", "isopod-jail"]),
     ("isopod-image-store", &["isopod-proto"]),
     ("isopod-cri-server", &["isopod-proto", "isopod-image-store", "isopod-vmm"]),
 ];

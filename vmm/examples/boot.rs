@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    self as wire, AddDisk, ControlReply, ControlRequest, Disk, Info, NetworkInterface, RemoveDisk, Segment, Stop,
+    self as wire, AddDisk, ControlReply, ControlRequest, Disk, Info, NetworkInterface, RemoveDisk, Segment, Stop, User,
     VmConfig, VmExit, VmInfo,
 };
 use isopod_proto::{HELLO_PORT, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
@@ -208,6 +208,7 @@ fn start(options: &Options, folder: &std::path::Path) -> Outcome<Vmm> {
         control_fd: inherit(UnixListener::bind(&control)?.into())?,
         vsock_fd: inherit(UnixListener::bind(&vsock)?.into())?,
         guest_cid: 3,
+        user: Some(User { uid: 0x7000_0000, gid: 0x7000_0000 }),
         exit_fd: inherit(record.try_clone()?.into())?,
         verbose_console: options.verbose,
         ..VmConfig::default()

@@ -13,6 +13,7 @@ use isopod_proto::{DiskId, ErrorKind};
 use prost::Message;
 
 use crate::devices::block::Segment;
+use crate::jail::User;
 use crate::{memory, sys};
 
 /// Most bytes a configuration may have.
@@ -22,6 +23,8 @@ const MIN_CID: u64 = 3;
 /// Least MTU of IPv4 (RFC 791), and the most a frame can have.
 const MTUS: std::ops::RangeInclusive<u32> = 68..=65_535;
 const SECTOR: u64 = 512;
+/// Room for the exit record and the log of a VM without a disk.
+const LEAST_FILE: u64 = 16 << 20;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +82,8 @@ pub struct Config {
     pub verbose_console: bool,
     /// Where the daemon connects to control the VM.
     pub control: UnixListener,
+    /// Whom the process becomes.
+    pub user: User,
     /// The devices.
     pub devices: Devices,
 }
@@ -146,6 +151,7 @@ impl Config {
             interfaces,
             exit_fd,
             verbose_console,
+            user,
         } = wire;
         let mut checker = Checker { mistakes: vec![], taken: BTreeMap::new() };
         checker.taken.insert(exit_fd, "exit_fd".into());
@@ -162,6 +168,7 @@ impl Config {
         if cmdline.bytes().any(|byte| byte == 0 || byte == b'\n') {
             checker.mistake("cmdline: it has a NUL or a line feed in it".into());
         }
+        let user = checker.user(user.unwrap_or_default());
         let kernel = checker.take("kernel_fd", kernel_fd);
         let initramfs = checker.take("initramfs_fd", initramfs_fd);
         let control = checker.take("control_fd", control_fd);
@@ -178,10 +185,20 @@ impl Config {
                 cmdline,
                 verbose_console,
                 control: control.into(),
+                user,
                 devices: Devices { vsock: vsock.into(), guest_cid, disks, interfaces },
             }),
             _ => Err(ConfigError::Invalid(checker.mistakes)),
         }
+    }
+}
+
+impl Config {
+    /// Where the last byte of the largest file ends that the VM may write to.
+    pub fn largest_file(&self) -> u64 {
+        let disks = self.devices.disks.iter().filter(|disk| !disk.readonly);
+        let ends = disks.flat_map(|disk| &disk.segments).map(|segment| segment.offset + segment.length);
+        ends.chain([LEAST_FILE]).max().unwrap_or_default()
     }
 }
 
@@ -209,6 +226,16 @@ struct Checker {
 impl Checker {
     fn mistake(&mut self, mistake: String) {
         self.mistakes.push(mistake);
+    }
+
+    fn user(&mut self, wire::User { uid, gid }: wire::User) -> User {
+        for (field, id) in [("user.uid", uid), ("user.gid", gid)] {
+            // All ones means "no change" to the kernel.
+            if id == 0 || id == u32::MAX {
+                self.mistake(format!("{field}: {id} is nobody whom a VMM may be"));
+            }
+        }
+        User { uid, gid }
     }
 
     /// Takes the inherited descriptor `fd` for `field`.

@@ -20,7 +20,7 @@ use crate::devices::vsock::{Vsock, VsockError};
 use crate::exit::{Exit, Reason};
 use crate::io_bus::IoBus;
 use crate::irq::{InterruptRoutes, KvmVectors};
-use crate::kvm::{self, CheckedKvm, KvmError};
+use crate::kvm::CheckedKvm;
 use crate::memory::{self, MemoryError};
 use crate::pci::{ConfigWindow, FunctionNumber, HostBridge, Notifications, PciBus, PciError, VirtioFunction};
 use crate::serial::{ConsoleRing, SerialConsole, SerialInterrupt};
@@ -31,9 +31,6 @@ use crate::{acpi, cpuid, layout, sys};
 /// Why a VM could not be made, or a request to it not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// KVM does not do.
-    #[error("KVM cannot be used")]
-    Kvm(#[source] KvmError),
     /// A step of making the VM fails.
     #[error("KVM refuses to {0}")]
     Refused(&'static str, #[source] io::Error),
@@ -85,7 +82,6 @@ impl MachineError {
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Kvm(error) => error.kind(),
             Self::Memory(error) => error.kind(),
             Self::Boot(error) => error.kind(),
             Self::Disk(_, error) => error.kind(),
@@ -103,7 +99,6 @@ impl MachineError {
     /// How a VM that could not be made ends.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Kvm(_) => Reason::KvmUnusable,
             _ if self.kind() == ErrorKind::InvalidArgument => Reason::BadConfig,
             _ => Reason::Internal,
         }
@@ -125,9 +120,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes the VM that `config` describes and lets it run. `console` gets what the guest prints.
-    pub fn start(config: Config, console: ConsoleRing) -> Result<Self, MachineError> {
-        let checked = kvm::open().map_err(MachineError::Kvm)?;
+    /// Makes the VM that `config` describes and lets it run. `console` gets what the guest prints. The descriptors that a running
+    /// VM does not need are closed before it runs.
+    pub fn start(config: Config, checked: CheckedKvm, console: ConsoleRing) -> Result<Self, MachineError> {
         let memory = memory::allocate(config.memory_bytes).map_err(MachineError::Memory)?;
         let vm = create_vm(&checked, &memory)?;
         let routes = InterruptRoutes::new(Arc::clone(&vm));
@@ -149,8 +144,9 @@ impl Machine {
         let disks = add_devices(&mut bus, &builder, config.devices)?;
         let pci = Arc::new(Mutex::new(bus));
         let io_bus = Arc::new(IoBus::new(serial, Arc::clone(&pci)));
-        let vcpus = VcpuSet::start(vcpus, io_bus).map_err(MachineError::Vcpus)?;
         let (memory_bytes, vcpu_count) = (config.memory_bytes, config.vcpus);
+        drop((checked, config.kernel, config.initramfs, config.control));
+        let vcpus = VcpuSet::start(vcpus, io_bus).map_err(MachineError::Vcpus)?;
         Ok(Self { vcpus, pci, builder, disks, file_systems: vec![], console, memory_bytes, vcpu_count })
     }
 

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::process::{ExitCode, abort};
+use std::process::ExitCode;
 
 use isopod_vmm::config::{self, Config};
 use isopod_vmm::exit::{Exit, Reason};
 use isopod_vmm::machine::Machine;
 use isopod_vmm::serial::ConsoleRing;
-use isopod_vmm::{control, sys};
+use isopod_vmm::{control, jail, kvm, sys};
 
 /// Most bytes of console in the exit record.
 const CONSOLE_TAIL: usize = 64 * 1024;
@@ -62,7 +62,12 @@ fn supervise(config: Config, console: ConsoleRing) -> Result<Exit, Exit> {
     let internal = |error: std::io::Error| Exit::from_error(Reason::Internal, &error);
     let signals = sys::termination_signals().map_err(internal)?;
     let listener = config.control.try_clone().map_err(internal)?;
-    let mut machine = Machine::start(config, console).map_err(|error| Exit::from_error(error.reason(), &error))?;
+    let kvm = kvm::open().map_err(|error| Exit::from_error(Reason::KvmUnusable, &error))?;
+    sys::use_one_heap();
+    let landlocked =
+        jail::enter(config.user, config.largest_file()).map_err(|error| Exit::from_error(Reason::Internal, &error))?;
+    eprintln!("isopod-vmm: in its jail as user {}, with {landlocked}", config.user.uid);
+    let mut machine = Machine::start(config, kvm, console).map_err(|error| Exit::from_error(error.reason(), &error))?;
     let exit = control::serve(&mut machine, &listener, &signals).map_err(internal);
     machine.stop();
     exit
@@ -89,7 +94,7 @@ fn abort_on_panic(record: &File, console: &ConsoleRing) {
         let exit = Exit::new(Reason::Internal, format!("a defect of the VMM: {panic}"));
         // A lock on the ring that this very thread holds cannot be waited for.
         let tail = console.try_tail(CONSOLE_TAIL).unwrap_or_default();
-        report(&exit, record.as_ref(), tail);
-        abort();
+        // The record says it all. An abort would not end process 1 of a PID namespace without a detour.
+        sys::exit_now(report(&exit, record.as_ref(), tail));
     }));
 }

@@ -51,6 +51,20 @@ pub fn termination_signals() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Ends the process at once with `status`, and does nothing else.
+pub fn exit_now(status: u8) -> ! {
+    // SAFETY: it takes a number and does not return.
+    unsafe { libc::_exit(status.into()) }
+}
+
+/// Makes all threads share the allocator's first heap. It is the only one that grows and shrinks without a look at a file
+/// (`/proc/sys/vm/overcommit_memory`), which a jail does not have, and nothing here allocates enough to contend for it.
+pub fn use_one_heap() {
+    // SAFETY: it takes numbers, and no other thread runs yet.
+    let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    debug_assert_eq!(set, 1, "glibc knows the option");
+}
+
 /// The slot of configuration space: those before it are the guest's memory, which has at most two regions.
 const CONFIG_SLOT: u32 = 2;
 

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs, kvm_sregs};
@@ -23,6 +23,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::exit::{Exit, Reason};
 use crate::io_bus::IoBus;
+use crate::jail::seccomp::{self, Thread};
 use crate::sys::kick::{self, Kickable};
 
 /// How long all vCPUs may take to leave the guest. An access to a register never takes long.
@@ -88,7 +89,7 @@ pub struct VcpuSet {
 }
 
 impl VcpuSet {
-    /// Starts a thread for each of `vcpus`.
+    /// Starts a thread for each of `vcpus`. In a jail the calling thread is confined to what serves the VM from here on.
     pub fn start(vcpus: Vec<VcpuFd>, bus: Arc<IoBus>) -> Result<Self, VcpuError> {
         kick::install_handler().map_err(|source| VcpuError::SetUp("kick signal", source))?;
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -97,15 +98,21 @@ impl VcpuSet {
         let shared =
             Arc::new(Shared { gate: Mutex::new(gate), changed: Condvar::new(), exits: AtomicU64::new(0), bus, ended });
         let mut set = Self { shared, threads: vec![] };
+        let confine = |thread| seccomp::confine(thread).map_err(|source| VcpuError::SetUp("seccomp filter", source));
+        confine(Thread::Start)?;
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::clone(&set.shared);
-            let thread = thread::Builder::new()
+            let thread = Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(256 << 10)
-                .spawn(move || Runner { index, vcpu: Kickable::new(vcpu), shared }.run())
+                .spawn(move || {
+                    seccomp::confine_started(Thread::Vcpu);
+                    Runner { index, vcpu: Kickable::new(vcpu), shared }.run();
+                })
                 .map_err(|source| VcpuError::Thread { index, source })?;
             set.threads.push(thread);
         }
+        confine(Thread::Main)?;
         Ok(set)
     }
 

@@ -148,6 +148,8 @@ fn kvm_disks_come_and_go_while_it_runs() {
     assert_eq!((kind, message.contains("img-1")), (6, true), "{message}");
     let (kind, message) = vm.add_disk("img-3", &[(1, 0, 512)], 1).expect_err("no second descriptor");
     assert_eq!(kind, 3, "{message}");
+    let (kind, message) = vm.add_file_system("files").expect_err("a file is no socket");
+    assert_eq!(kind, 3, "{message}");
     vm.remove_disk("img-1").expect("removed");
     assert_eq!(vm.remove_disk("img-1").expect_err("it is gone").0, 5);
     assert_eq!(ids(&vm), ["img-2"]);

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
-use isopod_proto::vmm::{AddDisk, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, VmConfig, VmExit};
+use isopod_proto::vmm::{
+    AddDisk, AddFileSystem, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, User, VmConfig, VmExit,
+};
 use isopod_proto::{decode_frame, encode_frame};
 use prost::Message;
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -107,6 +109,7 @@ impl Vm {
             control_fd: inherit(listener("control").into()),
             vsock_fd: inherit(listener("vsock").into()),
             guest_cid: 3,
+            user: Some(User { uid: 0x7000_0000, gid: 0x7000_0000 }),
             exit_fd: inherit(record.try_clone().expect("descriptors are left").into()),
             ..VmConfig::default()
         };
@@ -188,6 +191,11 @@ impl Vm {
         let segments = segments.iter().map(|&(fd, offset, length)| Segment { fd, offset, length }).collect();
         let disk = Disk { id: id.into(), readonly: true, segments };
         done(self.call_with(Request::AddDisk(AddDisk { disk: Some(disk) }), files))
+    }
+
+    /// Adds a file system with a file in place of a socket. The error is its kind and message.
+    pub fn add_file_system(&self, tag: &str) -> Result<(), (u32, String)> {
+        done(self.call_with(Request::AddFileSystem(AddFileSystem { tag: tag.into() }), 1))
     }
 
     /// Removes a disk.

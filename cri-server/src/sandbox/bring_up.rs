@@ -14,6 +14,7 @@ use isopod_proto::ErrorKind;
 use isopod_proto::agent::{ConfigurePodRequest, Hello, Interface, Route};
 use tokio::time::timeout;
 
+use super::users::NoUser;
 use super::{SandboxRecord, files, now, resources, scratch, size};
 use crate::cgroup::{self, CgroupError};
 use crate::check;
@@ -76,6 +77,9 @@ pub enum BringUpError {
     /// The cgroup.
     #[error("no cgroup")]
     Cgroup(#[source] CgroupError),
+    /// The user its VMM would be.
+    #[error("no user for the VMM")]
+    User(#[source] NoUser),
     /// The network.
     #[error("no network")]
     Network(#[source] NetworkError),
@@ -112,6 +116,7 @@ impl BringUpError {
             Self::Host { .. } => ErrorKind::FailedPrecondition,
             Self::Scratch(error) => error.kind(),
             Self::Cgroup(error) => error.kind(),
+            Self::User(error) => error.kind(),
             Self::Network(error) => error.kind(),
             Self::Vmm(error) => error.kind(),
             Self::Guest(error) | Self::Configure(error) => error.kind(),
@@ -136,6 +141,8 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
     let cgroup = cgroup::directory(&parent, &record.id).map_err(BringUpError::Cgroup)?;
     // Before it is made, so that a later daemon finds it whenever this one ends.
     record.cgroup = Some(cgroup.clone());
+    let uid = context.users.claim(&record.id).map_err(BringUpError::User)?;
+    record.uid = Some(uid);
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     let scratch = make_scratch(context, record).await?;
     cgroup::make(&cgroup).map_err(BringUpError::Cgroup)?;
@@ -144,7 +151,7 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
 
     let network = attachment.network.clone();
-    let (vm, configuration, hello) = start_vm(context, record, &directory, scratch, attachment).await?;
+    let (vm, configuration, hello) = start_vm(context, record, uid, scratch, attachment).await?;
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     configuration.deliver(&vm).await.map_err(BringUpError::Vmm)?;
     let hello = await_hello(&vm, hello, config.vmm.boot_deadline).await?;
@@ -179,11 +186,12 @@ async fn make_scratch(context: &Context, record: &SandboxRecord) -> Result<BootD
 async fn start_vm(
     context: &Context,
     record: &mut SandboxRecord,
-    directory: &Path,
+    uid: u32,
     scratch: BootDisk,
     attachment: Attachment,
 ) -> Result<(Vm, vmm::Configuration, HelloConnection), BringUpError> {
     let config = &context.config.vmm;
+    let directory = &resources::directory(context, &record.id);
     let open = |path: &Path| File::open(path).map_err(|source| BringUpError::GuestFile { path: path.into(), source });
     let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
     let size = size::of(record.config.linux.as_ref(), config, host_cpus);
@@ -192,6 +200,7 @@ async fn start_vm(
         binary: config.binary.clone(),
         directory: directory.into(),
         cgroup: record.cgroup.clone().unwrap_or_default(),
+        uid,
         vcpus: size.vcpus,
         memory_bytes: size.memory_bytes,
         kernel: open(&config.kernel)?,

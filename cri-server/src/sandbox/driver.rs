@@ -213,7 +213,9 @@ impl Driver {
         }
         if let Err(error) = self.context.store.remove_sandbox(&self.record.id).await {
             tracing::error!(error = chain(&error), "a sandbox that did not start is not forgotten");
+            return;
         }
+        self.context.users.release(&self.record.id);
     }
 
     /// Takes up a sandbox of an earlier daemon. None: it never became ready, and is undone.
@@ -222,6 +224,9 @@ impl Driver {
         record: SandboxRecord,
         containers: Vec<ContainerRecord>,
     ) -> Option<Self> {
+        if let Some(uid) = record.uid {
+            context.users.keep(uid, &record.id);
+        }
         let mut driver = Self::new(context, record);
         if driver.record.phase == SandboxPhase::Starting {
             driver.forget().await;

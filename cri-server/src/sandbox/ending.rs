@@ -140,6 +140,7 @@ impl Driver {
         self.containers.clear();
         self.context.store.remove_sandbox(&self.record.id).await?;
         self.context.index.remove_sandbox(&self.record.id);
+        self.context.users.release(&self.record.id);
         Ok(())
     }
 }

@@ -4,16 +4,17 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::CommandFdExt;
 use isopod_proto::vmm::vm_exit::Reason;
-use isopod_proto::vmm::{Disk, NetworkInterface, Segment, VmConfig, VmExit};
+use isopod_proto::vmm::{Disk, NetworkInterface, Segment, User, VmConfig, VmExit};
 use isopod_proto::{CONSOLE_RING_BYTES, decode_frame};
+use nix::sched::CloneFlags;
 use prost::Message;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
@@ -25,6 +26,8 @@ use super::stat::field;
 use super::{CONTROL_SOCKET, VSOCK_SOCKET, VmEnd, VmIdentity, VmmError, console_tail};
 use crate::cgroup;
 
+/// The signal of a process that makes a system call it may not (signal(7)).
+const SIGSYS: i32 = 31;
 /// Largest exit record that is read.
 const MAX_EXIT: usize = CONSOLE_RING_BYTES + 64 * 1024;
 /// Lines of the console that a message shows.
@@ -40,6 +43,8 @@ pub struct VmSpec {
     pub directory: PathBuf,
     /// The VM's cgroup: exists.
     pub cgroup: PathBuf,
+    /// The user, and the group, that the VMM becomes.
+    pub uid: u32,
     /// 1 to 64.
     pub vcpus: u32,
     /// The guest's memory.
@@ -162,6 +167,7 @@ impl Vm {
             interfaces: vec![NetworkInterface { tap_fd: inherited.add(tap), mac: mac.to_vec(), mtu }],
             exit_fd: inherited.add(exit.into()),
             verbose_console: spec.verbose_console,
+            user: Some(User { uid: spec.uid, gid: spec.uid }),
         };
         let mut command = Command::new(&spec.binary);
         command
@@ -174,7 +180,7 @@ impl Vm {
             .stderr(log_again)
             .process_group(0)
             .preserved_fds(inherited.0);
-        let child = command.spawn().map_err(failed)?;
+        let child = spawn_in_pid_namespace(&mut command).map_err(failed)?;
         // The command holds our copies of the descriptors; the VMM's must be the only ones.
         drop(command);
         let started = Started { child: Some(child) };
@@ -231,7 +237,7 @@ impl Vm {
                 return;
             }
             let status = child.map(|mut child| child.wait());
-            let end = read_end(&exit, status.and_then(Result::ok).map(|status| status.to_string()));
+            let end = read_end(&exit, status.and_then(Result::ok).map(told));
             // Nobody may be interested any more.
             let _ = sender.send(Some(Arc::new(end)));
         });
@@ -265,6 +271,19 @@ impl Vm {
         // ESRCH, the only error there can be, says that it has ended.
         let _ = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);
     }
+}
+
+/// Starts `command` as process 1 of a PID namespace of its own. Such a namespace is for the children of the thread that makes it,
+/// which could then start no other thread, so that it is a thread for this alone.
+fn spawn_in_pid_namespace(command: &mut Command) -> io::Result<Child> {
+    let spawn = || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWPID)?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("vmm starter".to_owned()).spawn_scoped(scope, spawn)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    })
 }
 
 /// A child that is killed unless it becomes a [`Vm`].
@@ -314,6 +333,17 @@ pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
 
 fn parse_start_time(stat: &str) -> Option<u64> {
     field(stat, 22)?.parse().ok()
+}
+
+/// How a process ended, in words.
+fn told(status: ExitStatus) -> String {
+    match status.signal() {
+        // See `vmm/src/jail/seccomp.rs`.
+        Some(SIGSYS) => "the kernel killed it (SIGSYS): it made a system call that its jail does not allow, which the \
+                         kernel's log names"
+            .to_owned(),
+        _ => status.to_string(),
+    }
 }
 
 fn read_end(path: &Path, status: Option<String>) -> VmEnd {
@@ -393,6 +423,13 @@ mod tests {
             (end.message.as_str(), end.console.as_str()),
             ("it left no exit record; signal: 9 (SIGKILL)", "oh no")
         );
+    }
+
+    #[test]
+    fn a_vmm_that_broke_the_rules_of_its_jail_is_told_so() {
+        let message = told(ExitStatus::from_raw(SIGSYS));
+        assert!(message.contains("SIGSYS") && message.contains("jail"), "{message}");
+        assert_eq!(told(ExitStatus::from_raw(9)), "signal: 9 (SIGKILL)");
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ mod host;
 mod hostile_clients;
 mod ids;
 mod images;
+mod jail;
 mod logs;
 mod network;
 mod network_builtin;

@@ -1,6 +1,6 @@
 use std::os::fd::IntoRawFd;
 
-use isopod_proto::vmm::{Disk, NetworkInterface, Segment};
+use isopod_proto::vmm::{Disk, NetworkInterface, Segment, User};
 
 use super::*;
 
@@ -18,6 +18,7 @@ fn valid() -> VmConfig {
         control_fd: fd(),
         vsock_fd: fd(),
         guest_cid: 3,
+        user: Some(User { uid: 0x7000_0000, gid: 0x7000_0000 }),
         exit_fd: fd(),
         ..VmConfig::default()
     }
@@ -59,6 +60,9 @@ fn each_bad_value_is_named_by_its_field() {
         ("guest_cid", VmConfig { guest_cid: 2, ..valid() }),
         ("guest_cid", VmConfig { guest_cid: u64::MAX, ..valid() }),
         ("cmdline", VmConfig { cmdline: "a\0b".into(), ..valid() }),
+        ("user.uid", VmConfig { user: Some(User { uid: 0, gid: 1 }), ..valid() }),
+        ("user.gid", VmConfig { user: Some(User { uid: 1, gid: 0 }), ..valid() }),
+        ("user.uid", VmConfig { user: Some(User { uid: u32::MAX, gid: 1 }), ..valid() }),
         ("kernel_fd", VmConfig { kernel_fd: -1, ..valid() }),
         ("initramfs_fd", VmConfig { initramfs_fd: 1_000_000, ..valid() }),
         ("control_fd", VmConfig { control_fd: 0, ..valid() }),

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::chain::Chain;
 use super::queue::{DeviceQueue, Fault, RING_FEATURES};
 use super::worker::{FaultLog, Handler, Poll, Worker};
+use crate::jail::seccomp::Thread;
 use crate::virtio::{ActivateError, Activation, GuestMemory, VirtioDevice};
 
 /// Most bytes one request gets, so that none keeps the worker for long.
@@ -90,6 +91,8 @@ struct RngWorker {
 }
 
 impl Handler for RngWorker {
+    const THREAD: Thread = Thread::Rng;
+
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         for queue in &self.queues {
             poll.add(queue.notify_fd(), 0, EventFlags::IN)?;

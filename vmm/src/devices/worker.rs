@@ -13,6 +13,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::queue::Fault;
+use crate::jail::seccomp::{self, Thread};
 use crate::virtio::Interrupt;
 
 /// The token of the descriptor that ends the loop.
@@ -39,6 +40,8 @@ impl Poll {
 
 /// What a device does in its worker.
 pub(super) trait Handler: Send + 'static {
+    /// What its thread may do.
+    const THREAD: Thread;
     /// Registers its descriptors. Chains that are in its queues already must be found as well.
     fn register(&mut self, poll: &Poll) -> io::Result<()>;
     /// `events` have come on the descriptor of `token`.
@@ -72,11 +75,11 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts `handler` in a thread called `name`.
-    pub fn spawn(
+    pub fn spawn<H: Handler>(
         name: &str,
         interrupt: Arc<dyn Interrupt>,
         log: FaultLog,
-        mut handler: impl Handler,
+        mut handler: H,
     ) -> io::Result<Self> {
         let poll = Poll { epoll: epoll::create(CreateFlags::CLOEXEC)? };
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -84,6 +87,7 @@ impl Worker {
         handler.register(&poll)?;
         let device = name.to_owned();
         let thread = Builder::new().name(name.to_owned()).spawn(move || {
+            seccomp::confine_started(H::THREAD);
             if let Err(fault) = run(&poll, &mut handler) {
                 log.log(&device, &fault);
                 // Should it fail, the driver sees only that nothing is answered any more.

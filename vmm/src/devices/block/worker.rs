@@ -10,6 +10,7 @@ use super::request::Target;
 use crate::devices::chain::Chain;
 use crate::devices::queue::{DeviceQueue, Fault};
 use crate::devices::worker::{Handler, Poll};
+use crate::jail::seccomp::Thread;
 
 pub(super) struct BlockWorker {
     /// One, or none if the driver enabled none.
@@ -19,6 +20,8 @@ pub(super) struct BlockWorker {
 }
 
 impl Handler for BlockWorker {
+    const THREAD: Thread = Thread::Block;
+
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         for queue in &self.queues {
             poll.add(queue.notify_fd(), 0, EventFlags::IN)?;

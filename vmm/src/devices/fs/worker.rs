@@ -12,6 +12,7 @@ use super::message::{REQUEST_HEADER, Reply, Request, failure};
 use crate::devices::chain::{Buffers, Chain};
 use crate::devices::queue::{DeviceQueue, Fault, Popped};
 use crate::devices::worker::{Handler, Poll};
+use crate::jail::seccomp::Thread;
 use crate::virtio::GuestMemory;
 
 /// Most chains taken without a look at the socket.
@@ -149,6 +150,8 @@ fn write_reply(place: &mut Buffers, memory: &GuestMemory, unique: u64, reply: &[
 }
 
 impl Handler for FsWorker {
+    const THREAD: Thread = Thread::FileSystem;
+
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         for (index, queue) in self.queues.iter().enumerate() {
             poll.add(queue.notify_fd(), index as u64, EventFlags::IN)?;

@@ -10,6 +10,7 @@ use crate::devices::chain::Chain;
 use crate::devices::queue::{DeviceQueue, Fault, Popped};
 use crate::devices::sys::{self, Pieces};
 use crate::devices::worker::{Handler, Poll};
+use crate::jail::seccomp::Thread;
 use crate::tap::VNET_HEADER_BYTES;
 
 const RX: u64 = 0;
@@ -181,6 +182,8 @@ impl NetWorker {
 }
 
 impl Handler for NetWorker {
+    const THREAD: Thread = Thread::Net;
+
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         poll.add(self.rx.notify_fd(), RX, EventFlags::IN)?;
         poll.add(self.tx.notify_fd(), TX, EventFlags::IN)?;

@@ -13,6 +13,7 @@ use super::stream::Readiness;
 use crate::devices::chain::Chain;
 use crate::devices::queue::{DeviceQueue, Fault, Popped};
 use crate::devices::worker::{Handler, Poll};
+use crate::jail::seccomp::Thread;
 use crate::virtio::GuestMemory;
 
 const RX: Token = 0;
@@ -41,6 +42,8 @@ pub(super) struct VsockWorker {
 }
 
 impl Handler for VsockWorker {
+    const THREAD: Thread = Thread::Vsock;
+
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         poll.add(self.rx.notify_fd(), RX, EventFlags::IN)?;
         poll.add(self.tx.notify_fd(), TX, EventFlags::IN)?;
