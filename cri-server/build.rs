@@ -1,4 +1,4 @@
-//! Generates the Rust types of `proto/cri.proto` with protox, so that no protoc is needed.
+//! Generates the Rust types of `proto/*.proto` with protox, so that no protoc is needed.
 
 /// What is kept in the state database and printed as verbose info.
 const SERIALIZED: [&str; 25] = [
@@ -31,7 +31,7 @@ const SERIALIZED: [&str; 25] = [
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["proto/cri.proto"], ["proto"])?;
+    let descriptors = protox::compile(["proto/cri.proto", "proto/images.proto"], ["proto"])?;
     let mut builder = tonic_prost_build::configure()
         .build_client(true)
         .build_server(true)

@@ -20,7 +20,8 @@ use crate::context::Context;
 use crate::cri::MAX_MESSAGE;
 use crate::cri::image_service_server::ImageServiceServer;
 use crate::cri::runtime_service_server::RuntimeServiceServer;
-use crate::grpc::{Images, Sandboxes};
+use crate::grpc::{Images, Imports, Sandboxes};
+use crate::images::images_server::ImagesServer;
 use crate::index::Index;
 use crate::network::Network;
 use crate::runtime::Runtime;
@@ -78,10 +79,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 .max_encoding_message_size(MAX_MESSAGE),
         )
         .add_service(
-            ImageServiceServer::new(Images::new(images))
+            ImageServiceServer::new(Images::new(images.clone()))
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
+        .add_service(ImagesServer::new(Imports::new(images)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopping.clone().cancelled_owned());
     let server = tokio::spawn(server);
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "isopod serves");
@@ -120,7 +122,8 @@ async fn prepare_node(config: &Config, network: &Network) {
     }
 }
 
-fn image_config(config: &Config) -> StoreConfig {
+/// The image store's part of the configuration.
+pub(crate) fn image_config(config: &Config) -> StoreConfig {
     let mut store = StoreConfig::new(config.root.join("images"));
     store.registries.mirrors =
         config.images.mirrors.iter().map(|(host, url)| (host.clone(), vec![Endpoint::new(url)])).collect();

@@ -3,6 +3,7 @@
 mod convert;
 mod counters;
 mod image;
+mod import;
 mod info;
 mod metrics;
 mod runtime;
@@ -16,6 +17,7 @@ use tonic::Status;
 use tracing::Instrument;
 
 pub use image::Images;
+pub use import::Imports;
 pub use runtime::Sandboxes;
 pub use status::Failure;
 

@@ -19,6 +19,8 @@ pub mod daemon;
 pub mod events;
 pub mod grpc;
 pub mod guest;
+pub mod image_command;
+pub mod images;
 pub mod index;
 pub mod leftovers;
 pub mod network;

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use isopod_cri_server::check::{self, Finding};
 use isopod_cri_server::config::{self, Config};
 use isopod_cri_server::daemon;
+use isopod_cri_server::image_command::{self, ImageCommand};
 
 const DEFAULT_CONFIG: &str = "/etc/isopod/isopod.toml";
 
@@ -29,6 +30,9 @@ enum Command {
     Daemon,
     /// Find out whether this host can run microVMs, and what to do if not.
     Check,
+    /// Import, list, remove and pull images.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Show configurations.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -63,6 +67,14 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             }
             let good = findings.iter().all(Finding::is_good);
             Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Image(command) => {
+            let config = load(arguments.config.as_deref())?;
+            let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+            let result = runtime.block_on(image_command::run(command, &config));
+            // A thread may still wait for standard input.
+            runtime.shutdown_background();
+            result.map(|()| ExitCode::SUCCESS)
         }
         Command::Daemon => {
             let config = load(arguments.config.as_deref())?;

@@ -97,6 +97,8 @@ pub struct Limits {
     pub max_layer_bytes: u64,
     /// How many times as large as its compressed bytes a layer may be; the first 16 MiB are free.
     pub max_inflate_ratio: u64,
+    /// Bytes of the files in an archive that is imported.
+    pub max_archive_bytes: u64,
     /// Entries of a layer's tar.
     pub max_entries: u64,
     /// Bytes of a path, or of a link's target.
@@ -116,6 +118,7 @@ impl Default for Limits {
             max_layers: 127,
             max_layer_bytes: 32 << 30,
             max_inflate_ratio: 500,
+            max_archive_bytes: 128 << 30,
             max_entries: 2_000_000,
             max_path_bytes: 4096,
             max_depth: 256,

@@ -10,6 +10,7 @@ use isopod_proto::ErrorKind;
 
 use crate::digest::Digest;
 
+pub(crate) use self::archive::{TarKind, TarReader};
 use self::convert::convert;
 pub(crate) use self::pipeline::{BlobSender, LayerJob, start, sync_parent};
 pub use self::pipeline::{ConvertReport, convert_blob};

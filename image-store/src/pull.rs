@@ -1,20 +1,15 @@
 //! Pulling an image: name → manifest → configuration → layers → names in the store.
 
-mod manifest;
-
-use std::time::Duration;
-
-use futures_util::stream::{self, StreamExt, TryStreamExt};
 use isopod_proto::ErrorKind;
-use tokio::sync::mpsc;
 
-use self::manifest::{Blob, Document, DocumentError};
 use crate::auth::Credentials;
 use crate::digest::{Digest, ImageId};
-use crate::layer::{LayerError, LayerJob, start};
+use crate::layer::{BlobSender, LayerError};
+use crate::making::{MakeError, NewImage, NewLayer, make_image};
+use crate::manifest::{self, Blob, Document, DocumentError};
 use crate::reference::{ImageName, ReferenceError, Version};
 use crate::registry::{Capability, FetchError, Registry, RegistryError};
-use crate::store::{ImageStore, Pin, StoreError};
+use crate::store::{ImageStore, StoreError};
 
 /// Why an image cannot be pulled.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +105,7 @@ pub enum PullError {
         /// What was asked for.
         reference: String,
         /// The digest of the layer's blob.
-        layer: Digest,
+        layer: String,
         /// Why.
         #[source]
         source: LayerError,
@@ -163,12 +158,6 @@ pub(crate) async fn pull(store: &ImageStore, reference: &str, credentials: &Cred
     Pull { store, name, registry }.run().await
 }
 
-/// How long the threads of layers that are given up may take to notice.
-const GIVE_UP: Duration = Duration::from_secs(10);
-
-/// What the threads that make a layer hold as long as they are at it: the pin, and a sign that they are busy.
-type Keep = (std::sync::Arc<Pin>, mpsc::Sender<()>);
-
 struct Pull<'a> {
     store: &'a ImageStore,
     name: ImageName,
@@ -186,40 +175,23 @@ impl Pull<'_> {
             let problem = format!("its manifest has {layers} layers, its configuration {ids} diff ids");
             return Err(PullError::Malformed { reference: self.name.to_string(), problem });
         }
-        // Every layer in it stays until the image is known. The threads that make layers hold it too.
-        let pin = std::sync::Arc::new(self.store.inner.pin(&diff_ids));
-        // Collected, as a stream that holds the closure is not provably Send (rust-lang/rust#64552).
-        let (busy, mut idle) = mpsc::channel::<()>(1);
-        let layers: Vec<_> = blobs
-            .iter()
-            .zip(&diff_ids)
-            .map(|(blob, diff_id)| self.layer(blob, diff_id, (pin.clone(), busy.clone())))
-            .collect();
-        drop(busy);
-        let at_once = self.store.inner.config.max_layers_at_once_per_pull;
-        let made = stream::iter(layers).buffer_unordered(at_once).try_collect::<()>().await;
-        if made.is_err() {
-            // The first failure gives up the other layers. What their threads have written is gone when the pull has failed.
-            let _ = tokio::time::timeout(GIVE_UP, idle.recv()).await;
-        }
-        made?;
         let mut names = vec![self.name.with_digest(&digest).to_string()];
         if matches!(self.name.version(), Version::Tag(_)) {
             names.push(self.name.to_string());
         }
-        let (inner, known) = (self.store.inner.clone(), id.clone());
-        let added = tokio::task::spawn_blocking(move || {
-            let added = inner.add(&known, &diff_ids, config, &names);
-            drop(pin);
-            added
+        let layers = blobs.into_iter().zip(diff_ids).map(|(blob, diff_id)| NewLayer {
+            name: blob.digest.to_string(),
+            blob: Some(blob.digest),
+            size: blob.size,
+            diff_id,
         });
-        let died = || PullError::Layer {
-            reference: self.name.to_string(),
-            layer: id.clone(),
-            source: LayerError::Thread { problem: "died" },
+        let image = NewImage { id: id.clone(), config, names, layers: layers.collect() };
+        let feed = |layer: NewLayer, sink: BlobSender| async move {
+            self.registry.blob(&layer.name, layer.size, &sink).await?;
+            sink.end().await;
+            Ok(())
         };
-        let added = added.await.map_err(|_| died())?;
-        added.map_err(|source| PullError::Store { reference: self.name.to_string(), source })?;
+        make_image(&self.store.inner, image, feed, || {}).await.map_err(|error| self.make_error(error))?;
         Ok(id)
     }
 
@@ -254,51 +226,6 @@ impl Pull<'_> {
             }
             Document::Manifest { config, layers } => Ok((digest, config, layers)),
         }
-    }
-
-    /// Makes a layer, unless it is here.
-    async fn layer(&self, blob: &Blob, diff_id: &Digest, keep: Keep) -> Result<(), PullError> {
-        let inner = &self.store.inner;
-        let failed = |source| PullError::Layer { reference: self.name.to_string(), layer: blob.digest.clone(), source };
-        let lock = inner.making(diff_id);
-        let guard = lock.lock_owned().await;
-        if inner.layer_path(diff_id).is_file() {
-            return Ok(());
-        }
-        if blob.size > inner.config.limits.max_layer_bytes {
-            return Err(failed(LayerError::Limit { what: "bytes", limit: inner.config.limits.max_layer_bytes }));
-        }
-        // After the lock: who waits for another pull's layer holds no permit that this layer might need.
-        let permit = inner.permits.clone().acquire_owned().await.expect("nobody closes the semaphore");
-        let job = LayerJob {
-            blob: blob.digest.clone(),
-            diff_id: diff_id.clone(),
-            limits: inner.config.limits.clone(),
-            temporary: inner.temporary_path(diff_id),
-            target: inner.layer_path(diff_id),
-            // Until the threads are done, nobody else starts on this layer and nobody removes it, and they count as at work.
-            keep: (guard, permit, keep),
-        };
-        let (sink, result) = start(job).map_err(failed)?;
-        let fetched = self.registry.blob(blob.digest.as_str(), blob.size, &sink).await;
-        match fetched {
-            Ok(()) => sink.end().await,
-            // The threads see that it is closed; their result would say no more. They are waited for, so that what they
-            // wrote is gone when the pull has failed.
-            Err(error) => {
-                drop(sink);
-                let _ = result.await;
-                let what = format!("layer {}", blob.digest);
-                return Err(match error {
-                    FetchError::TooLarge(size) => PullError::Malformed {
-                        reference: self.name.to_string(),
-                        problem: format!("{what} is longer than the {size} bytes its manifest says"),
-                    },
-                    error => self.fetch_error(&what, error),
-                });
-            }
-        }
-        result.await.unwrap_or(Err(LayerError::Thread { problem: "died" })).map_err(failed)
     }
 
     /// A document whose digest is known.
@@ -347,6 +274,23 @@ impl Pull<'_> {
             FetchError::TooLarge(limit) => PullError::TooLarge { reference, what: format!("{what} in bytes"), limit },
             FetchError::Unexpected(problem) => {
                 PullError::Malformed { reference, problem: format!("{what}: {problem}") }
+            }
+        }
+    }
+
+    fn make_error(&self, error: MakeError<FetchError>) -> PullError {
+        let reference = self.name.to_string();
+        match error {
+            MakeError::Source(layer, FetchError::TooLarge(size)) => PullError::Malformed {
+                reference,
+                problem: format!("layer {} is longer than the {size} bytes its manifest says", layer.name),
+            },
+            MakeError::Source(layer, error) => self.fetch_error(&format!("layer {}", layer.name), error),
+            MakeError::Layer(layer, source) => PullError::Layer { reference, layer: layer.name, source },
+            MakeError::Store(source) => PullError::Store { reference, source },
+            MakeError::Died => {
+                let source = LayerError::Thread { problem: "died" };
+                PullError::Layer { reference, layer: "of any digest".to_owned(), source }
             }
         }
     }

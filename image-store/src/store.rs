@@ -18,6 +18,7 @@ mod gpt;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -37,6 +38,7 @@ use crate::auth::Credentials;
 use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
 use crate::image::{DiskSegment, Image, ImageDisk, Usage};
+use crate::import::{self, ImportError, Imported, Progress};
 use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
 
@@ -88,6 +90,18 @@ impl ImageStore {
     /// not fetched again. Dropping the future cancels the pull: its threads stop and what was half made is removed.
     pub async fn pull(&self, reference: &str, credentials: impl Into<Credentials>) -> Result<ImageId, PullError> {
         pull::pull(self, reference, &credentials.into()).await
+    }
+
+    /// Takes in the images of an archive: a tar, which may be compressed with gzip or zstd, of an OCI layout or as `docker save`
+    /// writes it. `name` is for an image without a name in it. It is read to its end first, into a file without a name in the
+    /// store. Dropping the future cancels the import; images that were told to `progress` stay.
+    pub async fn import(
+        &self,
+        archive: impl Read + Send + 'static,
+        name: Option<&str>,
+        progress: impl Fn(Progress) + Sync,
+    ) -> Result<Vec<Imported>, ImportError> {
+        import::import(&self.inner, archive, name, &progress).await
     }
 
     /// All images, sorted by id.
@@ -186,6 +200,15 @@ impl Inner {
 
     pub(crate) fn temporary_path(&self, name: &Digest) -> PathBuf {
         self.config.root.join("tmp").join(name.hex())
+    }
+
+    /// A file of the store's file system that has no name and goes when it is closed.
+    pub(crate) fn nameless_file(&self) -> std::io::Result<File> {
+        let directory = self.config.root.join("tmp");
+        let path = directory.join(format!("nameless-{:?}", std::thread::current().id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+        fs::remove_file(&path)?;
+        Ok(file)
     }
 
     fn edges_path(&self, id: &ImageId) -> PathBuf {

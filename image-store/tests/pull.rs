@@ -405,6 +405,9 @@ async fn a_pull_that_is_dropped_lets_the_layers_of_others_in() {
         let store = store.clone();
         async move { pull(&store).await.map(drop) }
     });
+    while !registry.requests().iter().any(|(path, ..)| layers.iter().any(|layer| path.ends_with(layer))) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let other = store.pull("test.example/b:1", &Auth::Anonymous);
     tokio::pin!(other);
     assert!(tokio::time::timeout(Duration::from_secs(1), &mut other).await.is_err(), "the only permit is taken");

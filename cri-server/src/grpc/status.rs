@@ -27,6 +27,7 @@ macro_rules! failures {
 
 failures!(
     isopod_image_store::PullError,
+    isopod_image_store::ImportError,
     isopod_image_store::StoreError,
     isopod_image_store::AuthError,
     isopod_image_store::ReferenceError,

@@ -29,7 +29,8 @@ const RATIO_FREE: u64 = 16 << 20;
 
 /// A layer to be made. `keep` is dropped when the threads are done with it, whatever came out.
 pub(crate) struct LayerJob<K> {
-    pub blob: Digest,
+    /// The digest of the bytes, if one is known.
+    pub blob: Option<Digest>,
     pub diff_id: Digest,
     pub limits: Limits,
     /// Where it is written, and what it is renamed to when it is complete. The same file system; the directories exist.
@@ -51,6 +52,11 @@ impl BlobSender {
     /// says why.
     pub(crate) async fn send(&self, data: Bytes) -> bool {
         self.0.send(Message::Data(data)).await.is_ok()
+    }
+
+    /// The same, for a thread that may wait.
+    pub(crate) fn send_blocking(&self, data: Bytes) -> bool {
+        self.0.blocking_send(Message::Data(data)).is_ok()
     }
 
     /// Says that the blob is complete.
@@ -89,7 +95,12 @@ fn make<K>(job: &LayerJob<K>, blob: mpsc::Receiver<Message>) -> Result<(), Layer
 
 fn write<K>(job: &LayerJob<K>, blob: mpsc::Receiver<Message>) -> Result<(), LayerError> {
     let write_error = |source| LayerError::Write { source };
-    let made = write_new(&job.temporary, blob, &job.limits, Some((&job.blob, &job.diff_id)))?;
+    let made = write_new(
+        &job.temporary,
+        blob,
+        &job.limits,
+        Expected { blob: job.blob.as_ref(), diff_id: Some(&job.diff_id) },
+    )?;
     made.file.sync_all().map_err(write_error)?;
     fs::rename(&job.temporary, &job.target).map_err(write_error)?;
     sync_parent(&job.target).map_err(write_error)
@@ -100,25 +111,35 @@ struct Made {
     report: ConvertReport,
 }
 
-/// Writes the layer in `blob` to the new file `path`. `expected`: the digests of the blob and of the tar in it.
+/// The digests that a blob and the tar in it must have.
+#[derive(Clone, Copy)]
+struct Expected<'a> {
+    blob: Option<&'a Digest>,
+    diff_id: Option<&'a Digest>,
+}
+
+/// Writes the layer in `blob` to the new file `path`.
 fn write_new(
     path: &Path,
     blob: mpsc::Receiver<Message>,
     limits: &Limits,
-    expected: Option<(&Digest, &Digest)>,
+    expected: Expected<'_>,
 ) -> Result<Made, LayerError> {
     let file = File::options().read(true).write(true).create_new(true).open(path);
     let file = file.map_err(|source| LayerError::Write { source })?;
     let (chunk_sender, chunks) = sync_channel(CHUNK_QUEUE);
-    let input = ChunkReader { chunks, chunk: Vec::new(), position: 0, hasher: Sha256::new(), count: 0, ended: false };
+    let (used_sender, used) = sync_channel(CHUNK_QUEUE);
+    let chunk = Vec::new();
+    let input =
+        ChunkReader { chunks, used: used_sender, chunk, position: 0, hasher: Sha256::new(), count: 0, ended: false };
     thread::scope(|scope| {
         let inflating = thread::Builder::new()
             .name("layer-inflate".into())
-            .spawn_scoped(scope, move || inflate(blob, &chunk_sender, expected.map(|(blob, _)| blob), limits))
+            .spawn_scoped(scope, move || inflate(blob, (&chunk_sender, &used), expected.blob, limits))
             .map_err(|_| LayerError::Thread { problem: "cannot be started" })?;
         let mut tar = None;
         let converted = convert(input, file, limits, |input| {
-            let (uuid, diff_id, tar_bytes) = input.check(expected.map(|(_, diff_id)| diff_id))?;
+            let (uuid, diff_id, tar_bytes) = input.check(expected.diff_id)?;
             tar = Some((diff_id, tar_bytes));
             Ok(uuid)
         });
@@ -165,7 +186,7 @@ pub fn convert_blob<R: Read + Send>(mut input: R, output: &Path, limits: &Limits
                 }
             }
         });
-        let made = write_new(output, blob, limits, None);
+        let made = write_new(output, blob, limits, Expected { blob: None, diff_id: None });
         feeding.join().map_err(|_| LayerError::Thread { problem: "died" })??;
         made
     });
@@ -292,10 +313,10 @@ impl Inflater {
     }
 }
 
-/// What the inflating thread does: checks the blob's digest, and sends on what is in it.
+/// What the inflating thread does: checks the blob's digest, and sends on what is in it. Chunks come back by `used`.
 fn inflate(
     blob: mpsc::Receiver<Message>,
-    chunks: &SyncSender<Chunk>,
+    (chunks, used): (&SyncSender<Chunk>, &Receiver<Vec<u8>>),
     expected: Option<&Digest>,
     limits: &Limits,
 ) -> Result<(), LayerError> {
@@ -304,7 +325,8 @@ fn inflate(
     let mut inflater = Inflater::new(blob).map_err(|_| LayerError::Cancelled)?;
     let mut bytes = 0u64;
     loop {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = used.try_recv().unwrap_or_default();
+        chunk.resize(CHUNK, 0);
         let length = inflater.fill(&mut chunk).map_err(|source| match inflater.blob().cancelled {
             true => LayerError::Cancelled,
             false => LayerError::Decompress { bytes, source },
@@ -359,6 +381,8 @@ enum Chunk {
 /// The tar stream, as it comes out of the inflating thread.
 struct ChunkReader {
     chunks: Receiver<Chunk>,
+    /// Takes chunks back, so that new memory is not made, and zeroed, for each.
+    used: SyncSender<Vec<u8>>,
     chunk: Vec<u8>,
     position: usize,
     hasher: Sha256,
@@ -373,7 +397,9 @@ impl Read for ChunkReader {
                 Ok(Chunk::Data(chunk)) => {
                     self.hasher.update(&chunk);
                     self.count += chunk.len() as u64;
-                    (self.chunk, self.position) = (chunk, 0);
+                    // If it is full, or the other thread has gone, nobody needs it.
+                    let _ = self.used.try_send(std::mem::replace(&mut self.chunk, chunk));
+                    self.position = 0;
                 }
                 Ok(Chunk::End) => self.ended = true,
                 Err(_) => return Err(io::Error::other("the layer's other thread has stopped")),

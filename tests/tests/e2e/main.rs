@@ -12,6 +12,7 @@ mod guest;
 mod host;
 mod hostile_clients;
 mod ids;
+mod image_command;
 mod images;
 mod jail;
 mod logs;

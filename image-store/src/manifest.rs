@@ -9,12 +9,12 @@ use crate::digest::Digest;
 use crate::store::StoredConfig;
 
 /// What a registry is asked for.
-pub(super) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 
 /// What is wrong with a document.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum DocumentError {
+pub(crate) enum DocumentError {
     /// It is malformed.
     Malformed(String),
     /// It is of a kind that is not supported.
@@ -25,7 +25,7 @@ pub(super) enum DocumentError {
 
 /// A blob a manifest names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Blob {
+pub(crate) struct Blob {
     pub digest: Digest,
     /// Bytes.
     pub size: u64,
@@ -33,7 +33,7 @@ pub(super) struct Blob {
 
 /// A manifest or an index.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Document {
+pub(crate) enum Document {
     /// The manifest for linux/amd64 that an index names.
     Index(Blob),
     Manifest {
@@ -71,7 +71,7 @@ struct RawPlatform {
 }
 
 /// Parses a manifest or an index, told apart by what is in it.
-pub(super) fn parse(bytes: &[u8]) -> Result<Document, DocumentError> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Document, DocumentError> {
     let malformed = |problem: &str| DocumentError::Malformed(format!("manifest: {problem}"));
     let document: RawDocument =
         serde_json::from_slice(bytes).map_err(|error| DocumentError::Malformed(format!("manifest: {error}")))?;
@@ -162,7 +162,7 @@ struct RawRunConfig {
 }
 
 /// Parses an image configuration: its layers' diff ids, and how to run it.
-pub(super) fn parse_config(bytes: &[u8]) -> Result<(Vec<Digest>, StoredConfig), DocumentError> {
+pub(crate) fn parse_config(bytes: &[u8]) -> Result<(Vec<Digest>, StoredConfig), DocumentError> {
     let raw: RawConfig =
         serde_json::from_slice(bytes).map_err(|error| DocumentError::Malformed(format!("configuration: {error}")))?;
     if raw.os != "linux" || raw.architecture != "amd64" {
