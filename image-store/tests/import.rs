@@ -214,7 +214,7 @@ async fn hostile_archives_are_refused_and_leave_nothing() {
         (saved(image(json!(["/etc/passwd"])), &layer(1), &good), ErrorKind::Corrupt, "no file"),
         (saved(image(json!(["loop"])), &layer(1), &good), ErrorKind::Corrupt, "no file"),
         (saved(image(json!(["layer.tar", "layer.tar"])), &layer(1), &good), ErrorKind::Corrupt, "2 layers"),
-        (saved(image(json!(["layer.tar"])), &evil, &config(&[evil.clone()])), ErrorKind::Corrupt, "\"..\""),
+        (saved(image(json!(["layer.tar"])), &evil, &config(std::slice::from_ref(&evil))), ErrorKind::Corrupt, "\"..\""),
         (saved(image(json!(["layer.tar"])), &layer(1), &large), ErrorKind::Corrupt, "c.json"),
         (saved(json!({}), &layer(1), &good), ErrorKind::Corrupt, "manifest.json"),
         (tar(&[long]), ErrorKind::ResourceExhausted, "20971520"),

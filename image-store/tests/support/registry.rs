@@ -275,6 +275,11 @@ async fn answer(State(registry): State<Registry>, request: Request) -> Response<
         let content_range = format!("bytes {offset}-{}/{}", file.len() - 1, file.len());
         builder = builder.status(StatusCode::PARTIAL_CONTENT).header("content-range", content_range);
     }
+    misbehave(fault, builder, rest)
+}
+
+/// The answer with what is left of the file, as `fault` has it.
+fn misbehave(fault: Option<Fault>, builder: axum::http::response::Builder, rest: Bytes) -> Response<Body> {
     let cut = |count: usize| rest.slice(..count.min(rest.len()));
     match fault {
         None | Some(Fault::NoRange) => builder.body(Body::from(rest)).unwrap(),
