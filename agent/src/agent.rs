@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use isopod_proto::agent::{
-    ConfigurePodRequest, CreateContainerRequest, ExecRequest, PidMode, ResolvedUser, SignalRequest, StatsRequest,
-    StatsResponse, UpdateContainerRequest, UpdatePodRequest, mount,
+    ConfigurePodRequest, CreateContainerRequest, ExecRequest, MakeVolumeRequest, PidMode, ResolvedUser, SignalRequest,
+    StatsRequest, StatsResponse, UpdateContainerRequest, UpdatePodRequest, make_volume_request, mount,
 };
 use isopod_proto::{ErrorKind, ObjectId};
 use parking_lot::Mutex;
@@ -22,6 +22,7 @@ use crate::pod_init::PodInit;
 use crate::process::{Outcome, Process};
 use crate::reaper::Reaper;
 use crate::user_namespace::UserNamespaces;
+use crate::volume::{self, Storage, Volumes};
 use crate::{cgroup, devices, pod, shares, stats, sys};
 
 /// A thing with an id: there, or under way to be or to go. Under way is what a second request for the same id meets.
@@ -41,6 +42,7 @@ pub struct Agent {
     pod_init: PodInit,
     user_namespaces: UserNamespaces,
     mirrors: Arc<Mirrors>,
+    volumes: Arc<Volumes>,
     configured: Mutex<Configured>,
     containers: Table<Container>,
     processes: Table<Process>,
@@ -63,6 +65,7 @@ impl Agent {
         Arc::new(Self {
             disks: Disks::new(layout.clone(), disks),
             mirrors: Arc::new(Mirrors::new(layout.clone())),
+            volumes: Arc::new(Volumes::new(layout.clone())),
             layout,
             reaper,
             pod_init,
@@ -110,6 +113,20 @@ impl Agent {
         blocking(move || mirrors.set(&update)).await
     }
 
+    /// Makes a volume of the pod, unless it is there.
+    pub async fn make_volume(&self, request: MakeVolumeRequest) -> Result<()> {
+        let MakeVolumeRequest { name, storage, mode, uid, gid } = request;
+        let storage = match storage {
+            Some(make_volume_request::Storage::Disk(disk)) => {
+                Storage::Disk(format!("/dev/{}", self.disks.device(&disk)?))
+            }
+            Some(make_volume_request::Storage::TmpfsSizeBytes(bytes)) => Storage::Memory(bytes),
+            None => return Err(Error::invalid(format!("the volume {name:?} has no storage"))),
+        };
+        let volumes = Arc::clone(&self.volumes);
+        blocking(move || volumes.make(&volume::Wanted { name, storage, mode, owner: (uid, gid) })).await
+    }
+
     /// Removes a mirror. An unknown one is removed already.
     pub async fn remove_mirror(&self, name: String) -> Result<()> {
         let mirrors = Arc::clone(&self.mirrors);
@@ -129,6 +146,7 @@ impl Agent {
             reaper: Arc::clone(&self.reaper),
             layers: self.disks.layers(&request.image_disk)?,
             image_volumes: self.image_volumes(&request)?,
+            volumes: Arc::clone(&self.volumes),
             devices: self.devices(&request)?,
             pid_namespace: self.pid_namespace(&request).await?,
             user_namespace: match &request.user_namespace {

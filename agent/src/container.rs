@@ -18,12 +18,13 @@ use std::fs;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use isopod_proto::ErrorKind;
 use isopod_proto::agent::{CreateContainerRequest, ExecRequest, Mount, PidMode, ResolvedUser, mount};
 use parking_lot::Mutex;
+use rustix::mount::UnmountFlags;
 
 use crate::cgroup::{self, Cgroup};
 use crate::device_access;
@@ -36,6 +37,7 @@ use crate::stats::CpuRate;
 use crate::stub::message::{Descriptor, Device, Launch, Role};
 use crate::user_namespace::UserNamespace;
 use crate::users;
+use crate::volume::Volumes;
 
 /// A container that exists.
 pub struct Container {
@@ -69,6 +71,8 @@ pub struct Parts {
     pub layers: Vec<PathBuf>,
     /// The mounted layers of the images that are its volumes, by their disks.
     pub image_volumes: HashMap<String, Vec<PathBuf>>,
+    /// The pod's own volumes.
+    pub volumes: Arc<Volumes>,
     /// Device nodes besides those that every container has.
     pub devices: Vec<Device>,
     /// A process whose PID namespace it joins.
@@ -86,10 +90,10 @@ pub fn create(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Co
 }
 
 fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Container>, ResolvedUser)> {
-    let Parts { layout, reaper, layers, image_volumes, devices, pid_namespace, user_namespace } = parts;
+    let Parts { layout, reaper, layers, devices, pid_namespace, user_namespace, .. } = parts;
     let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
     let wanted = request.process.as_ref().ok_or_else(|| Error::invalid("the container has no process"))?;
-    let sources = make_sources(layout, request, image_volumes)?;
+    let sources = make_sources(parts, request)?;
     let mounts = plan::mounts(request, layout, &sources)?;
 
     let scratch = layout.container_scratch(&request.id);
@@ -175,15 +179,12 @@ fn follow(prepared: &mut Prepared, ending: Ending, cgroup: Arc<Cgroup>, first: b
 }
 
 /// Makes the agent's side of the requested mounts; the path of each that has one.
-fn make_sources(
-    layout: &Layout,
-    request: &CreateContainerRequest,
-    images: &HashMap<String, Vec<PathBuf>>,
-) -> Result<Vec<Option<String>>> {
+fn make_sources(parts: &Parts, request: &CreateContainerRequest) -> Result<Vec<Option<String>>> {
+    let Parts { layout, image_volumes, volumes, .. } = parts;
     let files = layout.container_files(&request.id);
     fs::create_dir(&files).context(|| format!("make {}", files.display()))?;
     let source = |(number, mount): (usize, &Mount)| match &mount.source {
-        Some(mount::Source::ScratchDirectory(name)) => make_volume(layout, name, mount.mode).map(Some),
+        Some(mount::Source::Volume(volume)) => volumes.bind(volume, &files.join(number.to_string())).map(Some),
         Some(mount::Source::FileContents(contents)) => {
             let path = files.join(number.to_string());
             write_file(&path, contents, if mount.mode == 0 { 0o644 } else { mount.mode })?;
@@ -192,7 +193,7 @@ fn make_sources(
         Some(mount::Source::Share(name)) => crate::shares::path(layout, name).map(Some),
         Some(mount::Source::Mirror(name)) => crate::mirror::path(layout, name).map(Some),
         Some(mount::Source::Image(image)) => {
-            let layers = images.get(&image.disk).map(Vec::as_slice).unwrap_or_default();
+            let layers = image_volumes.get(&image.disk).map(Vec::as_slice).unwrap_or_default();
             image_volume::mount(layers, &image.sub_path, &files.join(number.to_string())).map(Some)
         }
         Some(mount::Source::TmpfsSizeBytes(_)) | None => Ok(None),
@@ -200,28 +201,8 @@ fn make_sources(
     request.mounts.iter().enumerate().map(source).collect()
 }
 
-fn make_volume(layout: &Layout, name: &str, mode: u32) -> Result<String> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    if !(1..=255).contains(&name.len()) || matches!(name, "." | "..") || !name.bytes().all(plain) {
-        return Err(Error::invalid(format!("the scratch directory {name:?} is not a plain name")));
-    }
-    let path = layout.volume(name);
-    let text = || format!("make the scratch directory {name:?}");
-    fs::create_dir_all(layout.scratch().join("volumes")).context(text)?;
-    match fs::create_dir(&path) {
-        Ok(()) => {
-            let mode = if mode == 0 { 0o777 } else { mode & 0o7777 };
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).context(text)?;
-        }
-        // Another container named it first.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(Error::io(text(), error)),
-    }
-    Ok(path_text(path))
-}
-
 /// Writes a file of the agent's with exactly these permission bits.
-pub fn write_file(path: &std::path::Path, contents: &[u8], mode: u32) -> Result<()> {
+pub fn write_file(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     let text = || format!("write {}", path.display());
     let mut file =
         fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path).context(text)?;
@@ -294,6 +275,14 @@ impl Container {
     }
 }
 
+/// Unmounts the volumes that were made in `directory`.
+fn unmount_all(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        // What is no mount is not one of them.
+        let _ = rustix::mount::unmount(entry.path(), UnmountFlags::DETACH);
+    }
+}
+
 /// Removes what a container has in the guest, whether all of it is there or some. Its [`Container`] should be dropped
 /// before, so that its file system is not in use. Blocks.
 pub fn release(layout: &Layout, id: &str) -> Result<()> {
@@ -301,7 +290,7 @@ pub fn release(layout: &Layout, id: &str) -> Result<()> {
     if cgroup.exists() {
         Cgroup::open(cgroup)?.remove()?;
     }
-    image_volume::unmount_all(&layout.container_files(id));
+    unmount_all(&layout.container_files(id));
     for directory in [layout.container_scratch(id), layout.container_files(id)] {
         match fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

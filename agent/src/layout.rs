@@ -45,9 +45,9 @@ impl Layout {
         self.scratch().join("containers").join(id)
     }
 
-    /// A directory that containers of the pod can share.
+    /// Where the pod's volume `name` is mounted.
     pub fn volume(&self, name: &str) -> PathBuf {
-        self.scratch().join("volumes").join(name)
+        self.run.join("volumes").join(name)
     }
 
     /// The files a container was given with its creation.
@@ -82,7 +82,7 @@ impl Layout {
 
     /// Every directory that has to be there before anything else.
     pub fn directories(&self) -> Vec<PathBuf> {
-        ["disks", "scratch", "containers", "pod", "shm", "shares", "mirrors", "root"]
+        ["disks", "scratch", "containers", "pod", "shm", "shares", "mirrors", "volumes", "root"]
             .map(|name| self.run.join(name))
             .to_vec()
     }

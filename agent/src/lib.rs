@@ -38,5 +38,6 @@ mod sys;
 mod sysctl;
 mod user_namespace;
 mod users;
+mod volume;
 
 pub use run::{run_in_guest, run_on_unix_sockets};

@@ -8,11 +8,11 @@ use isopod_proto::agent::agent_server::Agent as Service;
 use isopod_proto::agent::{
     AttachDiskRequest, AttachDiskResponse, AttachFileSystemRequest, AttachFileSystemResponse, ConfigurePodRequest,
     ConfigurePodResponse, CreateContainerRequest, CreateContainerResponse, DetachDiskRequest, DetachDiskResponse,
-    ExecRequest, ExecResponse, MirrorPart, RemoveContainerRequest, RemoveContainerResponse, RemoveMirrorRequest,
-    RemoveMirrorResponse, RemoveProcessRequest, RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse,
-    SetMirrorResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest,
-    StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest, UpdateContainerResponse,
-    UpdatePodRequest, UpdatePodResponse, WaitProcessRequest, WaitProcessResponse,
+    ExecRequest, ExecResponse, MakeVolumeRequest, MakeVolumeResponse, MirrorPart, RemoveContainerRequest,
+    RemoveContainerResponse, RemoveMirrorRequest, RemoveMirrorResponse, RemoveProcessRequest, RemoveProcessResponse,
+    ResizeTerminalRequest, ResizeTerminalResponse, SetMirrorResponse, ShutdownRequest, ShutdownResponse, SignalRequest,
+    SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest,
+    UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use isopod_proto::{ErrorKind, MAX_MIRROR_MESSAGE};
 use tokio::sync::Notify;
@@ -160,6 +160,11 @@ impl Service for Rpc {
             agent.set_mirror(Update { name, create, read_at, content }).await.map(|()| SetMirrorResponse {})
         })
         .await
+    }
+
+    async fn make_volume(&self, request: Request<MakeVolumeRequest>) -> Answer<MakeVolumeResponse> {
+        let request = request.into_inner();
+        self.run(|agent| async move { agent.make_volume(request).await.map(|()| MakeVolumeResponse {}) }).await
     }
 
     async fn remove_mirror(&self, request: Request<RemoveMirrorRequest>) -> Answer<RemoveMirrorResponse> {

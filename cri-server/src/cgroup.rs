@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use isopod_proto::{ErrorKind, ObjectId};
 
+use crate::cpu_set::CpuSet;
+
 /// Where sandboxes go whose config names no parent.
 const DEFAULT_PARENT: &str = "/isopod";
 
@@ -20,6 +22,19 @@ pub enum CgroupError {
     BadParent {
         /// What was given.
         parent: String,
+    },
+    /// The kernel does not take a set of CPUs or memory nodes.
+    #[error("cannot set {file} of cgroup {path} to {list:?}")]
+    Restrict {
+        /// The file of the cgroup.
+        file: &'static str,
+        /// What was written.
+        list: String,
+        /// Of which cgroup.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
     },
     /// A file system call failed.
     #[error("cannot {doing} cgroup {path}")]
@@ -40,6 +55,7 @@ impl CgroupError {
         match self {
             Self::NoHierarchy => ErrorKind::FailedPrecondition,
             Self::BadParent { .. } => ErrorKind::InvalidArgument,
+            Self::Restrict { .. } => ErrorKind::FailedPrecondition,
             Self::Io { .. } => ErrorKind::Internal,
         }
     }
@@ -109,6 +125,53 @@ pub fn enter(path: &Path, pid: i32) -> Result<(), CgroupError> {
     })
 }
 
+/// What of the host the processes of a cgroup may use; none: all that its parent may.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuSets {
+    /// CPUs.
+    pub cpus: Option<CpuSet>,
+    /// Memory nodes.
+    pub mems: Option<CpuSet>,
+}
+
+/// Restricts the cgroup at `path` to `sets`. After an error some of them may be in force.
+pub fn restrict(path: &Path, sets: &CpuSets) -> Result<(), CgroupError> {
+    let read = |directory: &Path, file: &str| std::fs::read_to_string(directory.join(file)).unwrap_or_default();
+    if sets.cpus.is_some() || sets.mems.is_some() {
+        delegate_cpuset(path)?;
+    }
+    for (file, set) in [("cpuset.cpus", &sets.cpus), ("cpuset.mems", &sets.mems)] {
+        let list = match (set, path.parent()) {
+            (Some(set), _) => set.to_string(),
+            // One that was restricted cannot be made to say nothing any more: it gets what its parent has.
+            (None, Some(parent)) if !read(path, file).trim().is_empty() => read(parent, &format!("{file}.effective")),
+            (None, _) => continue,
+        };
+        std::fs::write(path.join(file), &list).map_err(|source| CgroupError::Restrict {
+            file,
+            list,
+            path: path.into(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+/// Lets the cgroups above `path` pass the cpuset controller on to it, as far as they do not.
+fn delegate_cpuset(path: &Path) -> Result<(), CgroupError> {
+    let above: Vec<&Path> = path.ancestors().skip(1).take_while(|above| above.join("cgroup.procs").exists()).collect();
+    for above in above.into_iter().rev() {
+        let file = above.join("cgroup.subtree_control");
+        let failed =
+            |source| CgroupError::Io { doing: "pass the cpuset controller on from", path: above.into(), source };
+        let passed = std::fs::read_to_string(&file).map_err(failed)?;
+        if !passed.split_whitespace().any(|controller| controller == "cpuset") {
+            std::fs::write(&file, "+cpuset").map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes the cgroup. Its last process may just have ended, which takes the kernel a moment to notice.
 pub async fn remove(path: &Path) -> Result<(), CgroupError> {
     let mut attempts = 0;
@@ -156,6 +219,27 @@ mod tests {
         let expected = hierarchy.path().join(format!("isopod/isopod-{other}"));
         assert_eq!(orphans_below(hierarchy.path(), &[id()]), [expected]);
         assert!(orphans_below(Path::new("/nowhere"), &[]).is_empty());
+    }
+
+    #[test]
+    fn a_restriction_is_lifted_to_what_the_parent_has() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let path = parent.path().join("pod");
+        std::fs::create_dir(&path).expect("made");
+        for (file, text) in
+            [("cgroup.procs", ""), ("cgroup.subtree_control", "cpu\n"), ("cpuset.cpus.effective", "0-3\n")]
+        {
+            std::fs::write(parent.path().join(file), text).expect("written");
+        }
+        let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).unwrap_or_default();
+        restrict(&path, &CpuSets::default()).expect("nothing to do");
+        assert_eq!(read(parent.path(), "cgroup.subtree_control"), "cpu\n");
+        let sets = CpuSets { cpus: CpuSet::parse("1-2"), mems: None };
+        restrict(&path, &sets).expect("restricted");
+        assert_eq!((read(&path, "cpuset.cpus").as_str(), path.join("cpuset.mems").exists()), ("1-2", false));
+        assert_eq!(read(parent.path(), "cgroup.subtree_control"), "+cpuset");
+        restrict(&path, &CpuSets::default()).expect("lifted");
+        assert_eq!(read(&path, "cpuset.cpus").trim(), "0-3");
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub async fn remove(context: &Context, kept: &[ObjectId]) {
     }
     remove_paths(&sandboxes, &directories);
     let scratches: Vec<_> = kept.iter().map(|id| scratch::path(&context.config.root, id)).collect();
-    remove_paths(&context.config.root.join("scratch"), &scratches);
+    remove_paths(&scratch::directory(&context.config.root), &scratches);
 }
 
 /// Kills the VMMs whose directories are below `parent` and not among `known`.
@@ -52,11 +52,11 @@ async fn kill_vmms(parent: &Path, known: &[PathBuf]) {
     }
 }
 
-/// Removes what is in `parent` but for `known` and the templates of scratch disks.
+/// Removes what is in `parent` but for `known` and the templates of file systems.
 fn remove_paths(parent: &Path, known: &[PathBuf]) {
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
-        if known.contains(&path) || entry.file_name().to_string_lossy().starts_with("template-") {
+        if known.contains(&path) || entry.file_name().to_string_lossy().starts_with(crate::ext4::TEMPLATE) {
             continue;
         }
         tracing::info!(path = %path.display(), "removing what no sandbox has");

@@ -19,6 +19,8 @@ pub mod scratch;
 pub mod size;
 pub mod users;
 
+mod cpu_sets;
+mod empty_dirs;
 mod ending;
 pub mod exec;
 mod mirrors;
@@ -198,12 +200,18 @@ pub enum SandboxError {
         #[source]
         source: crate::vmm::VmmError,
     },
+    /// CPU sets.
+    #[error("the pod cannot have these CPUs and memory nodes of the host")]
+    CpuSets(#[source] crate::cgroup::CgroupError),
     /// A host path.
     #[error("cannot share a host path with the pod")]
     HostPath(#[source] crate::volume::host::HostError),
     /// The file server.
     #[error("cannot share files with the pod")]
     Files(#[source] crate::volume::server::FileServerError),
+    /// An emptyDir volume.
+    #[error("cannot give an emptyDir volume to the pod")]
+    EmptyDir(#[source] crate::volume::empty_dir::EmptyDirError),
     /// A device.
     #[error("cannot give a device to the pod")]
     Device(#[source] crate::volume::device::DeviceError),
@@ -279,6 +287,8 @@ impl SandboxError {
             Self::Vmm { source, .. } => source.kind(),
             Self::Image { source, .. } => source.kind(),
             Self::Device(error) => error.kind(),
+            Self::CpuSets(error) => error.kind(),
+            Self::EmptyDir(error) => error.kind(),
             Self::HostPath(error) => error.kind(),
             Self::Files(error) => error.kind(),
             Self::State(error) => error.kind(),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | a directory or file of the host | a bind mount of a share of the pod's file server ([`server`]), which works on the host's own file |
 //! | a ConfigMap, Secret, projected or downward-API volume of the kubelet | a bind mount of a copy in the guest's memory, which follows the host's ([`mirror`]) |
+//! | an emptyDir volume of the kubelet | a bind mount of a file system of the pod's own: on a disk that is a file in the volume's directory, or in the guest's memory ([`empty_dir`]) |
 //! | an image | its disk, as for a container's root, read-only |
 //! | (a device of `config.devices`) | a disk, for a block device; otherwise the guest's own device of that name ([`device`]) |
 //!
@@ -12,7 +13,10 @@
 //! container.
 
 pub mod device;
+pub mod empty_dir;
 pub mod host;
+pub mod kubelet;
 pub mod mirror;
+mod mountinfo;
 pub mod plan;
 pub mod server;

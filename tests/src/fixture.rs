@@ -6,10 +6,12 @@
 
 mod client;
 mod daemon;
+mod kubelet;
 mod pod;
 
 pub use client::Cri;
 pub use daemon::Daemon;
+pub use kubelet::Kubelet;
 pub use pod::{LogLine, Output, TestContainer, TestPod, shell};
 
 use std::path::PathBuf;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use isopod_proto::ErrorKind;
 use rustix::fs::{CWD, Mode, OFlags};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 
 use crate::beneath;
 use crate::error::{Context as _, Error, Result};
@@ -47,14 +47,4 @@ fn mount_together(layers: &[PathBuf], place: &Path) -> Result<()> {
     let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).context(text)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(&mount, "", CWD, place, flags).context(text)
-}
-
-/// Unmounts the volumes that were made in `directory`.
-pub fn unmount_all(directory: &Path) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // A directory that is no mount is not one of ours.
-            let _ = rustix::mount::unmount(entry.path(), UnmountFlags::DETACH);
-        }
-    }
 }

@@ -34,8 +34,11 @@ pub fn mounts(
             _ => return Err(Error::invalid(format!("the mount at {destination:?} has no source"))),
         };
         let readonly = mount.readonly;
-        // What the pod itself has made holds no program to trust more than others; what the host or an image has may.
-        let nosuid = !matches!(mount.source, Some(mount::Source::Share(_) | mount::Source::Image(_)));
+        // What the agent has made holds no program to trust more than others; what the host, an image or another container has may.
+        let trusted = |source: &mount::Source| {
+            matches!(source, mount::Source::Share(_) | mount::Source::Image(_) | mount::Source::Volume(_))
+        };
+        let nosuid = !mount.source.as_ref().is_some_and(trusted);
         // A tmpfs that is to be read-only is one nobody can fill; so be it, the daemon asked.
         planned.push(PlannedMount { readonly, nosuid, nodev: true, ..mounted(&destination, source) });
     }

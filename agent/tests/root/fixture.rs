@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use hyper_util::rt::TokioIo;
 use isopod_proto::agent::agent_client::AgentClient;
 use isopod_proto::agent::{
-    AttachDiskRequest, Capabilities, ConfigurePodRequest, CreateContainerRequest, ExecRequest, PidMode, Process,
-    StartContainerRequest, StreamKind, StreamOpen, StreamOpened, User, WaitProcessRequest, WaitProcessResponse,
+    AttachDiskRequest, Capabilities, ConfigurePodRequest, CreateContainerRequest, ExecRequest, MakeVolumeRequest,
+    Mount, PidMode, PodVolume, Process, StartContainerRequest, StreamKind, StreamOpen, StreamOpened, User,
+    WaitProcessRequest, WaitProcessResponse, make_volume_request, mount,
 };
 use isopod_proto::{MAX_STREAM_HEADER, ObjectId, decode_frame, encode_frame};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -83,6 +84,21 @@ impl Fixture {
         fixture.client.configure_pod(request).await.unwrap();
         fixture.client.attach_disk(AttachDiskRequest { id: DISK.into(), layers: 2 }).await.unwrap();
         fixture
+    }
+
+    /// Makes a volume of the pod in memory, and the mount of what is at `sub_path` in it.
+    pub async fn volume(&mut self, name: &str, sub_path: &str, destination: &str, mode: u32) -> Mount {
+        let request = MakeVolumeRequest {
+            name: name.into(),
+            storage: Some(make_volume_request::Storage::TmpfsSizeBytes(1 << 20)),
+            mode,
+            gid: 2000,
+            ..MakeVolumeRequest::default()
+        };
+        self.client.make_volume(request).await.unwrap();
+        let volume = PodVolume { name: name.into(), sub_path: sub_path.into() };
+        let source = Some(mount::Source::Volume(volume));
+        Mount { destination: destination.into(), source, ..Mount::default() }
     }
 
     /// A directory of the agent's.

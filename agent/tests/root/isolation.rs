@@ -1,7 +1,7 @@
 //! What a container sees and what it may not do.
 
 use isopod_proto::agent::{
-    Capabilities, CreateContainerRequest, ExecRequest, IdMapping, Mount, Process, Rlimit, SignalRequest,
+    Capabilities, CreateContainerRequest, ExecRequest, IdMapping, Mount, PodVolume, Process, Rlimit, SignalRequest,
     StartContainerRequest, StreamKind, UserNamespace, mount,
 };
 
@@ -68,25 +68,46 @@ async fn root_a_readonly_root_has_writable_mounts() {
 #[tokio::test]
 async fn root_volumes_are_shared_and_files_are_given() {
     let Some(mut fixture) = fixture().await else { return };
-    let volume = |destination: &str, readonly| Mount {
-        destination: destination.into(),
-        source: Some(mount::Source::ScratchDirectory("data".into())),
-        readonly,
-        mode: 0o777,
-    };
+    let written = fixture.volume("data", "", "/v", 0o2777).await;
+    let read = Mount { destination: "/w/x".into(), readonly: true, ..written.clone() };
     let file = Mount {
         destination: "/etc/resolv.conf".into(),
         source: Some(mount::Source::FileContents(b"mine\n".to_vec())),
         mode: 0o600,
         ..Mount::default()
     };
-    let writer = CreateContainerRequest { mounts: vec![volume("/v", false)], ..request("echo shared > /v/f") };
+    let writer = CreateContainerRequest { mounts: vec![written], ..request("echo shared > /v/f") };
     assert_eq!(fixture.output_of(writer).await, "");
     let reader = CreateContainerRequest {
-        mounts: vec![volume("/w/x", true), file],
+        mounts: vec![read, file],
         ..request("cat /w/x/f /etc/resolv.conf; stat -c %a /etc/resolv.conf; touch /w/x/f 2>/dev/null || echo readonly")
     };
     assert_eq!(fixture.output_of(reader).await, "shared\nmine\n600\nreadonly\n");
+}
+
+#[tokio::test]
+async fn root_a_sub_path_of_a_volume_is_what_is_there_or_a_new_directory() {
+    let Some(mut fixture) = fixture().await else { return };
+    let all = fixture.volume("data", "", "/v", 0o2770).await;
+    let script =
+        "echo one > /v/file; ln -s /etc /v/out; ln -s ../../../run /v/up; mkdir /v/out-is-not-out; ln -s file /v/link";
+    assert_eq!(fixture.output_of(CreateContainerRequest { mounts: vec![all.clone()], ..request(script) }).await, "");
+    let mut mounts = vec![all];
+    for (destination, path) in
+        [("/new", "a/b"), ("/file", "file"), ("/linked", "link"), ("/out", "out"), ("/up", "up/x"), ("/dots", "../..")]
+    {
+        mounts.push(fixture.volume("data", path, destination, 0).await);
+    }
+    let script = "touch /new/x; echo two >> /file; cat /linked; stat -c '%a %u:%g' /v /v/a /v/a/b /v/a/b/x; \
+        touch /out/made /up/made /dots/top; cd /v; find etc run top | sort | tr '\\n' ' '";
+    let seen = fixture.output_of(CreateContainerRequest { mounts, ..request(script) }).await;
+    let modes = "2770 0:2000\n2770 0:2000\n2770 0:2000\n644 0:2000\n";
+    assert_eq!(seen, format!("one\ntwo\n{modes}etc etc/made run run/x run/x/made top "));
+    // What a volume was made with, it keeps; what is no volume, nobody has.
+    let other = PodVolume { name: "other".into(), sub_path: String::new() };
+    let mount = Mount { destination: "/o".into(), source: Some(mount::Source::Volume(other)), ..Mount::default() };
+    let missing = CreateContainerRequest { mounts: vec![mount], ..request("true") };
+    assert_eq!(fixture.client.create_container(missing).await.unwrap_err().code(), tonic::Code::NotFound);
 }
 
 #[tokio::test]
@@ -214,12 +235,7 @@ async fn root_a_user_namespace_has_its_ids_and_its_files() {
     let Some(mut fixture) = fixture().await else { return };
     let ids = vec![IdMapping { container_id: 0, guest_id: 200_000, length: 65_536 }];
     let namespace = UserNamespace { uids: ids.clone(), gids: ids };
-    let volume = Mount {
-        destination: "/v".into(),
-        source: Some(mount::Source::ScratchDirectory("mapped".into())),
-        mode: 0o755,
-        ..Mount::default()
-    };
+    let volume = fixture.volume("mapped", "", "/v", 0o755).await;
     let tmpfs =
         Mount { destination: "/t/deep".into(), source: Some(mount::Source::TmpfsSizeBytes(4096)), ..Mount::default() };
     let script = "tr -s ' ' < /proc/self/uid_map; tr -s ' ' < /proc/self/gid_map; id -u
@@ -281,7 +297,7 @@ async fn root_a_user_namespace_has_its_ids_and_its_files() {
             map,
             map,
             "0",
-            "0:0 0:0 0:0 0:0 0:0 0:0 0:0 0:0 0:0",
+            "0:0 0:0 0:2000 0:0 0:0 0:0 0:0 0:0 0:0",
             "33:34 0:0 0:0 0:0 0:0 0:0",
             "3",
             "no disk",

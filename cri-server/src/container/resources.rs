@@ -3,6 +3,7 @@
 use isopod_proto::agent::Resources;
 
 use super::SpecError;
+use crate::cpu_set::CpuSet;
 use crate::cri;
 
 /// The guest's form of CRI's limits; 0 in CRI means "as it is".
@@ -23,10 +24,9 @@ pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, Spec
     for (field, value) in
         [("linux.resources.cpuset_cpus", &limits.cpuset_cpus), ("linux.resources.cpuset_mems", &limits.cpuset_mems)]
     {
-        if !value.is_empty() {
+        if !value.is_empty() && CpuSet::parse(value).is_none() {
             let shown: String = value.chars().take(80).collect();
-            let what = format!("CPU sets ({shown:?}): CPU and node numbers of the host mean nothing in a pod's VM");
-            return Err(SpecError::Unsupported { field, what });
+            return Err(SpecError::Invalid { field, problem: format!("{shown:?} is not a list of numbers") });
         }
     }
     let given = |value: i64| (value != 0).then_some(value);
@@ -37,6 +37,7 @@ pub fn to_guest(limits: &cri::LinuxContainerResources) -> Result<Resources, Spec
         memory_limit_bytes: given(limits.memory_limit_in_bytes),
         memory_swap_limit_bytes: given(limits.memory_swap_limit_in_bytes),
         pids_limit: None,
+        // They are numbers of the host, which restricts the VM to them.
         cpuset_cpus: String::new(),
         cpuset_mems: String::new(),
         unified: limits.unified.clone(),
@@ -144,10 +145,11 @@ mod tests {
     }
 
     #[test]
-    fn cpu_sets_are_refused_by_the_fields_name() {
-        let cpus = cri::LinuxContainerResources { cpuset_cpus: "0-1".into(), ..Default::default() };
-        let mems = cri::LinuxContainerResources { cpuset_mems: "0".into(), ..Default::default() };
-        assert!(to_guest(&cpus).expect_err("refused").to_string().contains("cpuset_cpus"));
+    fn cpu_sets_are_the_hosts_and_have_to_be_lists() {
+        let cpus = |list: &str| cri::LinuxContainerResources { cpuset_cpus: list.into(), ..Default::default() };
+        assert_eq!(to_guest(&cpus("0-1")), Ok(Resources::default()));
+        assert!(to_guest(&cpus("1-0")).expect_err("refused").to_string().contains("cpuset_cpus"));
+        let mems = cri::LinuxContainerResources { cpuset_mems: "zero".into(), ..Default::default() };
         assert!(to_guest(&mems).expect_err("refused").to_string().contains("cpuset_mems"));
     }
 

@@ -73,7 +73,7 @@ pub enum BringUpError {
     },
     /// The scratch disk.
     #[error("no scratch disk")]
-    Scratch(#[source] scratch::ScratchError),
+    Scratch(#[source] crate::ext4::Ext4Error),
     /// The cgroup.
     #[error("no cgroup")]
     Cgroup(#[source] CgroupError),

@@ -24,6 +24,7 @@ use super::mirrors::Mirror;
 use super::monitor::{self, End};
 use super::update::{ContainerUpdate, PodUpdate};
 use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
+use crate::cgroup::CpuSets;
 use crate::container::log::ContainerLog;
 use crate::container::{ContainerRecord, ContainerState};
 use crate::context::Context;
@@ -129,6 +130,10 @@ pub struct Driver {
     pub(super) disks: BTreeSet<DiskId>,
     /// Volumes that are in guest memory, by their host paths, and the tasks that keep them up to date.
     pub(super) mirrors: BTreeMap<PathBuf, Mirror>,
+    /// What the VM is restricted to, if that is known.
+    pub(super) cpu_sets: Option<CpuSets>,
+    /// Names of the emptyDir volumes that are known to be in the guest.
+    pub(super) empty_dirs: BTreeSet<String>,
     /// Tasks that are not a container's follower: commands, timers, the watch on the VM.
     pub(super) tasks: JoinSet<()>,
     pub(super) events: mpsc::UnboundedReceiver<Event>,
@@ -157,6 +162,8 @@ impl Driver {
             containers: BTreeMap::new(),
             disks: BTreeSet::new(),
             mirrors: BTreeMap::new(),
+            cpu_sets: None,
+            empty_dirs: BTreeSet::new(),
             tasks: JoinSet::new(),
             events,
             sender,
@@ -192,6 +199,7 @@ impl Driver {
         let failure = match bring_up(&driver.context, &mut driver.record).await {
             Ok(up) => {
                 driver.up = Some(up);
+                driver.cpu_sets = Some(CpuSets::default());
                 driver.watch_vm();
                 driver.record.phase = SandboxPhase::Ready;
                 match driver.save().await {
@@ -245,6 +253,7 @@ impl Driver {
             Some(vm) => {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
                 driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
+                driver.release_cpu_sets();
                 driver.resume_mirrors();
                 driver.watch_vm();
                 let running: Vec<_> = driver

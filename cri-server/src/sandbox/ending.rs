@@ -108,6 +108,7 @@ impl Driver {
         self.up = None;
         self.disks.clear();
         self.mirrors.clear();
+        self.empty_dirs.clear();
         let running: Vec<_> =
             self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
         for id in running {

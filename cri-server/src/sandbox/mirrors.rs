@@ -18,6 +18,7 @@ use super::driver::Driver;
 use super::volumes::blocking;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, LONG, SHORT};
+use crate::volume::kubelet;
 use crate::volume::mirror;
 use crate::volume::mirror::read::{self, ReadError, Snapshot};
 use crate::volume::mirror::watch::Subscription;
@@ -102,7 +103,7 @@ impl Driver {
             }
         };
         let digest = snapshot.digest;
-        let sent = self.call("SetMirror", LONG, send(self.up()?, mirror::name(path), true, snapshot)).await;
+        let sent = self.call("SetMirror", LONG, send(self.up()?, kubelet::guest_name(path), true, snapshot)).await;
         sent.map_err(|source| SandboxError::Guest { doing: "cannot give a volume to the guest", source })?;
         Ok(Some(digest))
     }
@@ -113,7 +114,8 @@ impl Driver {
         watch: Arc<Subscription>,
         digest: Option<[u8; 32]>,
     ) -> Result<(), SandboxError> {
-        let keeper = Keeper { up: self.up()?.clone(), path: path.into(), name: mirror::name(path), watch, digest };
+        let keeper =
+            Keeper { up: self.up()?.clone(), path: path.into(), name: kubelet::guest_name(path), watch, digest };
         self.mirrors.insert(path.into(), Mirror(tokio::spawn(keeper.keep())));
         Ok(())
     }
@@ -141,7 +143,7 @@ impl Driver {
             mirror.end().await;
             let Ok(up) = self.up() else { continue };
             let mut client = up.guest.client();
-            let answer = client.remove_mirror(RemoveMirrorRequest { name: mirror::name(&path) });
+            let answer = client.remove_mirror(RemoveMirrorRequest { name: kubelet::guest_name(&path) });
             if let Err(error) = self.call("RemoveMirror", SHORT, answer).await {
                 // It goes with the guest, or is brought up to date for the next container that mounts it.
                 tracing::warn!(path = %path.display(), error = chain(&error), "the guest keeps a volume that is not used");

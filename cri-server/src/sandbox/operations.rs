@@ -70,7 +70,15 @@ impl Driver {
         request.user_namespace = container::user_namespace(&self.record.config, &config).map_err(SandboxError::Spec)?;
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
-        self.attach(&image).await?;
+        let limits = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
+        if let Err(error) = self.apply_cpu_sets(Some((&id, &limits))) {
+            self.release_cpu_sets();
+            return Err(error);
+        }
+        if let Err(error) = self.attach(&image).await {
+            self.undo_create(&id).await;
+            return Err(error);
+        }
         let prepared = match self.prepare_volumes(&id, volumes, devices).await {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -121,6 +129,7 @@ impl Driver {
     }
 
     async fn undo_create(&mut self, id: &ObjectId) {
+        self.release_cpu_sets();
         self.remove_in_guest(id).await;
         self.release_volumes(id).await;
         self.detach_unused().await;
@@ -275,6 +284,7 @@ impl Driver {
                 self.context.index.publish_container(&container.record);
             }
         }
+        self.release_cpu_sets();
         if let Some(container) = self.containers.get_mut(id) {
             container.log = None;
             for reply in container.stop_replies.drain(..) {
@@ -350,6 +360,7 @@ impl Driver {
         self.context.index.remove_container(id);
         let progress = resources::directory(&self.context, &self.record.id).join(format!("{}.progress", id.short()));
         let _ = std::fs::remove_file(progress); // There is none if it never ran.
+        self.release_cpu_sets();
         self.detach_unused().await;
         self.release_mirrors().await;
         Ok(())

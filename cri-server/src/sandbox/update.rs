@@ -8,7 +8,7 @@ use isopod_proto::agent::{Resources, UpdateContainerRequest, UpdatePodRequest};
 use super::driver::Driver;
 use super::size::{self, Size};
 use super::{SandboxError, SandboxPhase};
-use crate::container::{ContainerState, explicit_resources, guest_resources, merged_resources};
+use crate::container::{ContainerState, SpecError, explicit_resources, guest_resources, merged_resources};
 use crate::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
 use crate::grpc::status::chain;
 use crate::guest::SHORT;
@@ -48,7 +48,15 @@ impl Driver {
         memory_fits(&update.limits, self.record.size)?;
         let in_guest = self.record.phase == SandboxPhase::Ready && !matches!(record.state, ContainerState::Exited(_));
         if in_guest {
-            self.update_in_guest(id, resources).await?;
+            let applied = self.apply_cpu_sets(Some((id, &new)));
+            let updated = match applied {
+                Ok(()) => self.update_in_guest(id, resources).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = updated {
+                self.release_cpu_sets();
+                return Err(error);
+            }
         }
         linux.resources = Some(new);
         record.config.linux = Some(linux);
@@ -57,6 +65,7 @@ impl Driver {
         }
         if let Err(error) = self.save_container(&record).await {
             if in_guest {
+                self.release_cpu_sets();
                 self.restore_in_guest(id, &old).await;
             }
             return Err(error);
@@ -85,6 +94,7 @@ impl Driver {
     /// UpdatePodSandboxResources: the limits of the guest's cgroup of all containers. The VM's own cgroup on the host is below
     /// the pod's, whose limits the kubelet changes itself.
     pub(super) async fn update_pod(&mut self, update: &PodUpdate) -> Result<(), SandboxError> {
+        no_cpu_sets(update).map_err(SandboxError::Spec)?;
         let pod = self.record.config.linux.clone().unwrap_or_default();
         let new = merged_pod(&pod, update);
         let resources = guest_resources(&new.resources.clone().unwrap_or_default()).map_err(SandboxError::Spec)?;
@@ -125,6 +135,15 @@ fn merged_pod(pod: &LinuxPodSandboxConfig, update: &PodUpdate) -> LinuxPodSandbo
         overhead: merge(&pod.overhead, &update.overhead),
         resources: merge(&pod.resources, &update.resources),
         ..pod.clone()
+    }
+}
+
+/// Containers have sets, and the VM those of all of them; nobody gives them to a pod.
+fn no_cpu_sets(update: &PodUpdate) -> Result<(), SpecError> {
+    let mut limits = [&update.resources, &update.overhead].into_iter().flatten();
+    match limits.find(|limits| !limits.cpuset_cpus.is_empty() || !limits.cpuset_mems.is_empty()) {
+        Some(_) => Err(SpecError::Unsupported { field: "resources.cpuset_cpus", what: "CPU sets of a pod".to_owned() }),
+        None => Ok(()),
     }
 }
 

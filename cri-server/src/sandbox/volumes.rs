@@ -14,8 +14,8 @@ use crate::guest::LONG;
 use crate::vmm::{self, DiskFile};
 use crate::volume::device::{self, Taken, Wanted};
 use crate::volume::host;
-use crate::volume::mirror;
-use crate::volume::plan::{HostSource, Source, Volume};
+use crate::volume::kubelet;
+use crate::volume::plan::{Access, HostSource, Source, Volume};
 use crate::volume::server::{self, FileServerRecord, Starting};
 
 /// What a container's volumes are to the agent, and what they hold.
@@ -48,15 +48,18 @@ impl Driver {
         for (number, Volume { destination, source }) in volumes.into_iter().enumerate() {
             let (source, readonly) = match source {
                 Source::Host(source) if self.mirror(&source).await? => {
-                    let name = mirror::name(&source.path);
+                    let name = kubelet::guest_name(&source.path);
                     prepared.mirrors.push(source.path);
                     (agent::mount::Source::Mirror(name), true)
                 }
-                Source::Host(source) => {
-                    let name = format!("{}{number}", share_prefix(id));
-                    let readonly = self.share(name.clone(), source).await?;
-                    (agent::mount::Source::Share(name), readonly)
-                }
+                Source::Host(source) => match self.empty_dir(&source).await? {
+                    Some(volume) => (agent::mount::Source::Volume(volume), source.access != Access::Writable),
+                    None => {
+                        let name = format!("{}{number}", share_prefix(id));
+                        let readonly = self.share(name.clone(), source).await?;
+                        (agent::mount::Source::Share(name), readonly)
+                    }
+                },
                 Source::Image { image, sub_path } => {
                     let image = self.find_image(image).await?;
                     let disk = container::disk_id(&image.id.to_string());

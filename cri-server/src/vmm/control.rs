@@ -13,7 +13,7 @@ use std::time::Duration;
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, AddFileSystem, Console, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, Stop,
+    AddDisk, AddFileSystem, Console, ControlReply, ControlRequest, Disk, Info, RemoveDisk, Segment, Stop,
 };
 use isopod_proto::{DiskId, ErrorKind, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
 use prost::Message;
@@ -63,6 +63,14 @@ pub async fn remove_disk(directory: &Path, id: &DiskId) -> Result<(), VmmError> 
 pub async fn add_file_system(directory: &Path, tag: &str, socket: File) -> Result<(), VmmError> {
     let request = Request::AddFileSystem(AddFileSystem { tag: tag.to_owned() });
     done("add a file system", directory, request, vec![socket]).await
+}
+
+/// The ids of the disks in the VM.
+pub async fn disks(directory: &Path) -> Result<Vec<String>, VmmError> {
+    match ask("list the disks", directory, Request::Info(Info {}), Vec::new()).await? {
+        Reply::Info(info) => Ok(info.disk_ids),
+        other => Err(unexpected("list the disks", &other)),
+    }
 }
 
 /// Stops the VM at once.

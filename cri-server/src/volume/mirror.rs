@@ -8,10 +8,7 @@
 pub mod read;
 pub mod watch;
 
-use std::path::{Component, Path, PathBuf};
-
-use sha2::{Digest as _, Sha256};
-
+use super::kubelet::{self, Part, VolumePath};
 use super::plan::{Access, HostSource};
 
 /// Names of the plugins whose volumes the kubelet writes itself, as it writes them.
@@ -24,22 +21,10 @@ pub fn is_mirrored(source: &HostSource) -> bool {
     if source.access == Access::Writable || source.follow_host {
         return false;
     }
-    let mut parts = source.path.components().rev();
-    let mut name = || match parts.next() {
-        Some(Component::Normal(name)) => name.to_str(),
-        _ => None,
-    };
-    let [volume, plugin, volumes, uid, pods] = [name(), name(), name(), name(), name()];
-    let known = plugin.is_some_and(|plugin| PLUGINS.contains(&plugin));
-    known && volume.is_some() && uid.is_some() && (volumes, pods) == (Some("volumes"), Some("pods"))
-}
-
-/// The mirror's name in the guest: the same for all containers of a pod that mount `path`, also after a restart of the daemon.
-pub fn name(path: &Path) -> String {
-    // However it was written.
-    let path: PathBuf = path.components().collect();
-    let digest = Sha256::digest(path.as_os_str().as_encoded_bytes());
-    digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+    match kubelet::parse(&source.path) {
+        Some(VolumePath { part: Part::Whole(plugin), .. }) => PLUGINS.contains(&plugin),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -75,12 +60,5 @@ mod tests {
         assert!(is_mirrored(&HostSource { access: Access::RecursiveReadonly, ..secret.clone() }));
         assert!(!is_mirrored(&HostSource { access: Access::Writable, ..secret.clone() }));
         assert!(!is_mirrored(&HostSource { follow_host: true, ..secret }));
-    }
-
-    #[test]
-    fn a_name_is_of_one_path_and_fits_the_agent() {
-        assert_ne!(name(Path::new("/a")), name(Path::new("/b")));
-        assert_eq!(name(Path::new("/a/")), name(Path::new("//a")));
-        assert!(name(Path::new("/a")).len() == 32 && name(Path::new("/a")).bytes().all(|b| b.is_ascii_alphanumeric()));
     }
 }

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod containers;
+mod empty_dirs;
 mod events;
 mod exec;
 mod guest;

@@ -120,11 +120,9 @@ async fn a_killed_vmm_makes_its_pod_not_ready_and_its_container_137() -> anyhow:
     cri.pull(BUSYBOX).await?;
     let pod = TestPod::run_with(&cri, TestPod::config("crash")).await?;
     let container = pod.start(shell("victim", "sleep 1000")).await?;
-    let vmms = String::from_utf8(Command::new("pgrep").arg("isopod-vmm").output()?.stdout)?;
-    // The one that belongs to this daemon: its only child.
-    let own = vmms.lines().filter(|pid| is_child(pid, &daemon)).collect::<Vec<_>>();
-    assert_eq!(own.len(), 1, "one VMM of {vmms:?}");
-    assert!(Command::new("kill").args(["-KILL", own[0]]).status()?.success());
+    let vmms = daemon.vmms();
+    assert_eq!(vmms.len(), 1, "{vmms:?}");
+    assert!(Command::new("kill").args(["-KILL", &vmms[0]]).status()?.success());
     let status = container.exited().await?;
     assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
     isopod_tests::fixture::eventually("NOTREADY", std::time::Duration::from_secs(30), async || {
@@ -134,12 +132,6 @@ async fn a_killed_vmm_makes_its_pod_not_ready_and_its_container_137() -> anyhow:
     pod.stop().await?;
     pod.remove().await?;
     Ok(())
-}
-
-/// Whether a process has the daemon as its parent.
-fn is_child(pid: &str, daemon: &Daemon) -> bool {
-    let parent = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    parent.lines().any(|line| line.strip_prefix("PPid:").is_some_and(|ppid| ppid.trim() == daemon.pid().to_string()))
 }
 
 #[tokio::test]

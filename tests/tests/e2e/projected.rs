@@ -9,42 +9,12 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{BUSYBOX, Daemon, TestContainer, TestPod, eventually, shell, unique};
+use isopod_tests::fixture::{BUSYBOX, Daemon, Kubelet, TestContainer, TestPod, eventually, shell};
 use rustix::process::Signal;
 
 /// busybox with inotifywait.
 const INOTIFY: &str = "docker.io/isopod/inotify:latest";
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A pod's volumes as the kubelet keeps them; removed when dropped.
-struct Kubelet(PathBuf);
-
-impl Kubelet {
-    fn new() -> anyhow::Result<Self> {
-        let directory = PathBuf::from(format!("/tmp/volumes/{}", unique("kubelet")));
-        fs::create_dir_all(&directory)?;
-        Ok(Self(directory))
-    }
-
-    /// A volume that the kubelet has just made.
-    fn volume(&self, plugin: &str, name: &str) -> anyhow::Result<PathBuf> {
-        let path = self.0.join("pods/1234-uid/volumes").join(format!("kubernetes.io~{plugin}")).join(name);
-        fs::create_dir_all(&path)?;
-        Ok(path)
-    }
-}
-
-impl Drop for Kubelet {
-    fn drop(&mut self) {
-        for entry in
-            self.0.join("pods/1234-uid/volumes/kubernetes.io~secret").read_dir().into_iter().flatten().flatten()
-        {
-            // It may be no mount.
-            let _ = Command::new("umount").arg("-l").arg(entry.path()).status();
-        }
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// Changes a volume as the kubelet's atomic writer does: to files of these names that hold `version`.
 fn write(volume: &Path, version: &str, names: &[&str]) -> anyhow::Result<()> {
@@ -115,11 +85,11 @@ async fn printed(container: &TestContainer, words: &str) -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn volumes_of_the_kubelet_follow_the_host_and_inotify_tells() -> anyhow::Result<()> {
-    let kubelet = Kubelet::new()?;
+    let kubelet = Kubelet::new("1234-uid")?;
     let config = kubelet.volume("configmap", "config")?;
     write(&config, "one", &["a", "b"])?;
     let secret = kubelet.volume("secret", "secret")?;
-    ensure!(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&secret).status()?.success());
+    kubelet.tmpfs(&secret, "")?;
     write(&secret, "hush", &["token"])?;
     let odd = kubelet.volume("projected", "odd")?;
     write(&odd, "odd", &["file"])?;

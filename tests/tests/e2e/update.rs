@@ -89,8 +89,8 @@ async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Re
         (both(64 << 30), Code::FailedPrecondition, "does not grow"),
         (unified, Code::InvalidArgument, "memory.nonsense"),
         (
-            cri::LinuxContainerResources { cpuset_cpus: "0".into(), ..both(60 * MIB) },
-            Code::Unimplemented,
+            cri::LinuxContainerResources { cpuset_cpus: "0-".into(), ..both(60 * MIB) },
+            Code::InvalidArgument,
             "cpuset_cpus",
         ),
     ] {
@@ -112,6 +112,43 @@ async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Re
     ensure!(number(memory_of.available_bytes) + number(memory_of.working_set_bytes) == 128 << 20, "{memory_of:?}");
     let error = update_pod(&pod, memory(64 << 30)).await.err().context("it was accepted")?;
     ensure!(error.code() == Code::FailedPrecondition && error.message().contains("does not grow"), "{error:?}");
+    pod.remove().await?;
+    Ok(())
+}
+
+/// What of the host's CPUs and memory nodes the pod's VM may use.
+fn cpu_sets(pod: &TestPod) -> anyhow::Result<(String, String)> {
+    let directory = std::path::PathBuf::from(format!("/sys/fs/cgroup/isopod/isopod-{}", pod.id));
+    let read = |name: &str| std::fs::read_to_string(directory.join(name)).map(|text| text.trim().to_owned());
+    Ok((read("cpuset.cpus")?, read("cpuset.mems")?))
+}
+
+#[tokio::test]
+async fn a_vm_has_the_cpus_of_its_containers() -> anyhow::Result<()> {
+    let pod = TestPod::run("cpu-sets").await?;
+    let with = |cpus: &str, mems: &str| {
+        let resources = cri::LinuxContainerResources {
+            cpuset_cpus: cpus.to_owned(),
+            cpuset_mems: mems.to_owned(),
+            ..Default::default()
+        };
+        let linux = cri::LinuxContainerConfig { resources: Some(resources), ..Default::default() };
+        cri::ContainerConfig { linux: Some(linux), ..shell("cpu-sets", "exec sleep 1000") }
+    };
+    let sets = |cpus: &str, mems: &str| (cpus.to_owned(), mems.to_owned());
+    let error = pod.create(with("8191", "")).await.expect_err("the node has no such CPU");
+    ensure!(error.code() == Code::FailedPrecondition && error.message().contains("8191"), "{error:?}");
+    // One container that has all of the node: so has the VM. One that has ended has nothing.
+    let first = pod.start(with("", "")).await?;
+    let second = pod.start(with("0", "0")).await?;
+    ensure!(cpu_sets(&pod)? == sets("", ""));
+    let only = cri::LinuxContainerResources { cpuset_cpus: "0".to_owned(), ..Default::default() };
+    update(&pod, &first.id, only).await?;
+    ensure!(cpu_sets(&pod)? == sets("0", ""));
+    first.stop(0).await?;
+    ensure!(cpu_sets(&pod)? == sets("0", "0"));
+    let status = second.status().await?.resources.and_then(|resources| resources.linux).context("no limits")?;
+    ensure!(status.cpuset_cpus == "0" && status.cpuset_mems == "0", "{status:?}");
     pod.remove().await?;
     Ok(())
 }

@@ -27,15 +27,25 @@ const VOLUME: &str = "/run/disk/bench-volume";
 pub async fn measure(cri: &Cri, socket: &Path) -> Result<Vec<Figure>> {
     let mut figures = vec![log(cri).await?, port_forward(cri, socket).await?];
     std::fs::create_dir_all(VOLUME)?;
-    let pod = TestPod::run_with(cri, TestPod::config("bench-io")).await?;
+    let mut config = TestPod::config("bench-io");
+    // As the kubelet says it of a pod with a privileged container.
+    let privileged = cri::LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
+    config.linux = Some(cri::LinuxPodSandboxConfig { security_context: Some(privileged), ..Default::default() });
+    let uid = config.metadata.clone().unwrap_or_default().uid;
+    let empty_dir = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/bench");
+    std::fs::create_dir_all(&empty_dir)?;
+    let pod = TestPod::run_with(cri, config).await?;
     let mut config = shell("bench", "mkdir -p /scratch && exec sleep 10000");
-    config.mounts = vec![mount("/", "/node", true), mount(VOLUME, "/node-volume", false)];
+    config.mounts =
+        vec![mount("/", "/node", true), mount(VOLUME, "/node-volume", false), mount(&empty_dir, "/empty-dir", false)];
     let privileged = cri::LinuxContainerSecurityContext { privileged: true, ..Default::default() };
     config.linux = Some(cri::LinuxContainerConfig { security_context: Some(privileged), ..Default::default() });
     let container = pod.start(config).await?;
     for (what, directory, mode) in [
         ("fio: read of a host volume, 1 MiB blocks", "/node-volume", "read"),
         ("fio: write to a host volume, 1 MiB blocks", "/node-volume", "write"),
+        ("fio: read of an emptyDir, 1 MiB blocks", "/empty-dir", "read"),
+        ("fio: write to an emptyDir, 1 MiB blocks", "/empty-dir", "write"),
         ("fio: read of the root file system, 1 MiB blocks", "/scratch", "read"),
         ("fio: write to the root file system, 1 MiB blocks", "/scratch", "write"),
     ] {
@@ -43,6 +53,7 @@ pub async fn measure(cri: &Cri, socket: &Path) -> Result<Vec<Figure>> {
     }
     figures.push(iperf(&pod, &container).await?);
     pod.remove().await?;
+    std::fs::remove_dir_all(empty_dir)?;
     std::fs::remove_dir_all(VOLUME)?;
     Ok(figures)
 }

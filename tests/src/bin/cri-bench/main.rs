@@ -49,8 +49,8 @@ async fn main() -> Result<()> {
     let [(first, first_socket), (second, second_socket)] = runtimes.as_slice() else {
         anyhow::bail!("usage: cri-bench NAME=SOCKET BASELINE=SOCKET");
     };
-    let ours = measure(first_socket).await.with_context(|| first.clone())?;
-    let theirs = measure(second_socket).await.with_context(|| second.clone())?;
+    let ours = measure(first, first_socket).await.with_context(|| first.clone())?;
+    let theirs = measure(second, second_socket).await.with_context(|| second.clone())?;
     println!("{:<44} {first:>12} {second:>12} {:>6}", "", "ratio");
     for (ours, theirs) in ours.iter().zip(&theirs) {
         anyhow::ensure!(ours.what == theirs.what, "{:?} is beside {:?}", ours.what, theirs.what);
@@ -67,10 +67,14 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-async fn measure(socket: &str) -> Result<Vec<Figure>> {
+async fn measure(name: &str, socket: &str) -> Result<Vec<Figure>> {
     let socket = Path::new(socket.trim_start_matches("unix://"));
     let cri = Cri::connect(socket).await?;
     let mut figures = lifecycle::measure(&cri).await?;
     figures.extend(io::measure(&cri, socket).await?);
+    // It takes minutes; what has been measured is not to be lost with what comes after it.
+    for Figure { what, value, unit, .. } in &figures {
+        eprintln!("{name}: {what}: {value:.1} {unit}");
+    }
     Ok(figures)
 }
