@@ -60,7 +60,7 @@ async fn operate(root: &str) {
     };
     for _ in 0..OPERATIONS {
         let image = random(&mut seed) % IMAGES;
-        if random(&mut seed) % 3 > 0 {
+        if !random(&mut seed).is_multiple_of(3) {
             tell(format!("op begin pull {image}"));
             store.pull(&name(image), &Auth::Anonymous).await.unwrap();
             tell(format!("op end pull {image}"));

@@ -13,8 +13,6 @@ use super::tree::{Content, FileType, Inode, InodeId, ROOT, Tree};
 /// The first slot that an inode may have. Not 0, which some programs take for "no inode".
 const FIRST_NID: u64 = 2;
 const DIRECTORY_TYPE: u8 = 2;
-/// What is written together. Less than the data of a large file come in at once, so that these are not copied.
-const BUFFER: usize = 128 << 10;
 
 /// Writes one file system to a new file.
 pub(crate) struct ErofsWriter {
@@ -26,7 +24,7 @@ pub(crate) struct ErofsWriter {
 impl ErofsWriter {
     /// Starts a file system in `file`, which is empty.
     pub(crate) fn new(file: File) -> io::Result<Self> {
-        let mut writer = Self { out: BufWriter::with_capacity(BUFFER, file), position: 0 };
+        let mut writer = Self { out: BufWriter::with_capacity(1 << 20, file), position: 0 };
         // The superblock's place; it is written last, so that a file that was cut short has none.
         writer.write(&[0; BLOCK_SIZE])?;
         Ok(writer)

@@ -128,14 +128,11 @@ fn write_new(
     let file = File::options().read(true).write(true).create_new(true).open(path);
     let file = file.map_err(|source| LayerError::Write { source })?;
     let (chunk_sender, chunks) = sync_channel(CHUNK_QUEUE);
-    let (used_sender, used) = sync_channel(CHUNK_QUEUE);
-    let chunk = Vec::new();
-    let input =
-        ChunkReader { chunks, used: used_sender, chunk, position: 0, hasher: Sha256::new(), count: 0, ended: false };
+    let input = ChunkReader { chunks, chunk: Vec::new(), position: 0, hasher: Sha256::new(), count: 0, ended: false };
     thread::scope(|scope| {
         let inflating = thread::Builder::new()
             .name("layer-inflate".into())
-            .spawn_scoped(scope, move || inflate(blob, (&chunk_sender, &used), expected.blob, limits))
+            .spawn_scoped(scope, move || inflate(blob, &chunk_sender, expected.blob, limits))
             .map_err(|_| LayerError::Thread { problem: "cannot be started" })?;
         let mut tar = None;
         let converted = convert(input, file, limits, |input| {
@@ -313,10 +310,10 @@ impl Inflater {
     }
 }
 
-/// What the inflating thread does: checks the blob's digest, and sends on what is in it. Chunks come back by `used`.
+/// What the inflating thread does: checks the blob's digest, and sends on what is in it.
 fn inflate(
     blob: mpsc::Receiver<Message>,
-    (chunks, used): (&SyncSender<Chunk>, &Receiver<Vec<u8>>),
+    chunks: &SyncSender<Chunk>,
     expected: Option<&Digest>,
     limits: &Limits,
 ) -> Result<(), LayerError> {
@@ -325,8 +322,7 @@ fn inflate(
     let mut inflater = Inflater::new(blob).map_err(|_| LayerError::Cancelled)?;
     let mut bytes = 0u64;
     loop {
-        let mut chunk = used.try_recv().unwrap_or_default();
-        chunk.resize(CHUNK, 0);
+        let mut chunk = vec![0; CHUNK];
         let length = inflater.fill(&mut chunk).map_err(|source| match inflater.blob().cancelled {
             true => LayerError::Cancelled,
             false => LayerError::Decompress { bytes, source },
@@ -381,8 +377,6 @@ enum Chunk {
 /// The tar stream, as it comes out of the inflating thread.
 struct ChunkReader {
     chunks: Receiver<Chunk>,
-    /// Takes chunks back, so that new memory is not made, and zeroed, for each.
-    used: SyncSender<Vec<u8>>,
     chunk: Vec<u8>,
     position: usize,
     hasher: Sha256,
@@ -397,9 +391,7 @@ impl Read for ChunkReader {
                 Ok(Chunk::Data(chunk)) => {
                     self.hasher.update(&chunk);
                     self.count += chunk.len() as u64;
-                    // If it is full, or the other thread has gone, nobody needs it.
-                    let _ = self.used.try_send(std::mem::replace(&mut self.chunk, chunk));
-                    self.position = 0;
+                    (self.chunk, self.position) = (chunk, 0);
                 }
                 Ok(Chunk::End) => self.ended = true,
                 Err(_) => return Err(io::Error::other("the layer's other thread has stopped")),
