@@ -3,7 +3,7 @@
 //! It starts as a child of the broker, in the namespaces that the broker has made, as process 1 of a PID namespace, with the
 //! host's mounts still in sight. What it does here, in this order, ends that.
 
-mod seccomp;
+pub(crate) mod seccomp;
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;

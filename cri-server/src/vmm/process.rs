@@ -90,6 +90,11 @@ impl Configuration {
     /// Gives `vm` its configuration. To be called once the VM's identity is durable: no VM runs that nobody knows of.
     pub async fn deliver(self, vm: &Vm) -> Result<(), VmmError> {
         let Self { pipe, bytes } = self;
+        let ended = |end: Arc<VmEnd>| VmmError::Ended { message: end.message.clone(), console: end.console.clone() };
+        // Looked at first: a process that is just being started holds a copy of the pipe until it executes its program.
+        if let Some(end) = vm.end() {
+            return Err(ended(end));
+        }
         // The pipe does not block, and is empty: it takes all of what is within bounds at once.
         let source = match rustix::io::write(&pipe, &bytes) {
             Ok(count) if count == bytes.len() => return Ok(()),
@@ -100,7 +105,7 @@ impl Configuration {
         if source.kind() == io::ErrorKind::BrokenPipe
             && let Ok(end) = timeout(END_GRACE, vm.ended()).await
         {
-            return Err(VmmError::Ended { message: end.message.clone(), console: end.console.clone() });
+            return Err(ended(end));
         }
         Err(VmmError::Process { doing: "configure", pid: vm.identity.pid, source })
     }
