@@ -4,8 +4,9 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
+MINUTES ?= 10
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench bench-images node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench soak bench-images node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -63,6 +64,11 @@ bench: all fixtures
 ## make bench-images MB=300 RUNS=1  pulls natively, isopod's store beside containerd, images of about so many MB each
 bench-images:
 	@tests/bench/images $(or $(MB),300) $(or $(RUNS),1)
+
+## make soak MINUTES=x  a log that is written and rotated for so long: no line lost or doubled, and the daemon's memory flat
+soak: all fixtures
+	@$(CARGO) build --release --locked -p isopod-tests --bin soak
+	@tests/node/run --timeout $$(($(MINUTES) * 60 + 600)) -- tests/session "$$(realpath "$(TARGET)/release/soak")" $(MINUTES)
 
 ## make lint        formatting and clippy
 lint:
