@@ -58,11 +58,15 @@ impl Driver {
         let refused = |source| SandboxError::Vmm { doing: "cannot give a volume to the VM", source };
         let directory = resources::directory(&self.context, &self.record.id);
         if !vmm::disks(&directory).await.map_err(refused)?.contains(&disk.to_string()) {
-            let config = &self.context.config;
-            let (templates, bytes) = (scratch::directory(&config.root), config.vmm.scratch_bytes);
-            let volume = volume.to_owned();
-            let opened = blocking(move || empty_dir::disk(&volume, &templates, Kind { bytes, journal: true })).await?;
-            let (file, length) = opened.map_err(SandboxError::EmptyDir)?;
+            let root = &self.context.config.root;
+            let (templates, scratch) = (scratch::directory(root), scratch::path(root, &self.record.id));
+            let (volume, configured) = (volume.to_owned(), self.context.config.vmm.scratch_bytes);
+            let open = move || {
+                // The VMM's jail lets it write no file beyond the end of the scratch disk that it was started with.
+                let bytes = std::fs::metadata(scratch).map_or(configured, |metadata| metadata.len());
+                empty_dir::disk(&volume, &templates, Kind { bytes, journal: true })
+            };
+            let (file, length) = blocking(open).await?.map_err(SandboxError::EmptyDir)?;
             let part = DiskFile { file, offset: 0, length };
             vmm::add_disk(&directory, disk, false, vec![part]).await.map_err(refused)?;
         }

@@ -50,6 +50,16 @@ pub enum EmptyDirError {
     /// Another VM has it.
     #[error("{0} is in use by another VM")]
     InUse(PathBuf),
+    /// Its disk is larger than the VM may write.
+    #[error("{path} has {bytes} bytes; the VM, made with a scratch disk of {limit} bytes, can have no larger one")]
+    TooLarge {
+        /// The disk.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// What there may be.
+        limit: u64,
+    },
     /// Something else is where its disk should be.
     #[error("{0} is not a disk")]
     NotADisk(PathBuf),
@@ -62,7 +72,9 @@ impl EmptyDirError {
     /// What sort of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Path { .. } | Self::InUse(_) | Self::SubPath(_) => ErrorKind::FailedPrecondition,
+            Self::Path { .. } | Self::InUse(_) | Self::TooLarge { .. } | Self::SubPath(_) => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Disk(error) => error.kind(),
             Self::NotADisk(_) => ErrorKind::Corrupt,
         }
@@ -157,8 +169,8 @@ fn has_files(directory: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Opens the volume's disk, locked for the VM that gets it, and says how many bytes it has. One that is not there is made, of `kind`
-/// from the templates in `templates`. Blocks.
+/// Opens the volume's disk, locked for the VM that gets it, and says how many bytes it has, at most those of `kind`. One that is not
+/// there is made, of `kind` from the templates in `templates`. Blocks.
 pub fn disk(volume: &Path, templates: &Path, kind: Kind) -> Result<(File, u64), EmptyDirError> {
     let path = volume.join(DISK);
     let failed = |doing| {
@@ -178,6 +190,9 @@ pub fn disk(volume: &Path, templates: &Path, kind: Kind) -> Result<(File, u64), 
     let metadata = file.metadata().map_err(failed("look at"))?;
     if !metadata.is_file() || metadata.len() == 0 || metadata.len() % SECTOR != 0 {
         return Err(EmptyDirError::NotADisk(path));
+    }
+    if metadata.len() > kind.bytes {
+        return Err(EmptyDirError::TooLarge { path, bytes: metadata.len(), limit: kind.bytes });
     }
     // The lock is of the open file, which the VMM gets. It lasts as long as that.
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -255,6 +270,8 @@ mod tests {
         // Its size stays, whatever the configuration says by then.
         let larger = Kind { bytes: 32 << 20, ..KIND };
         assert_eq!(disk(&volume, directory.path(), larger).expect("opened").1, KIND.bytes);
+        let smaller = Kind { bytes: 8 << 20, ..KIND };
+        assert!(matches!(disk(&volume, directory.path(), smaller), Err(EmptyDirError::TooLarge { .. })));
         fs::write(volume.join(DISK), "odd").expect("written");
         assert!(matches!(disk(&volume, directory.path(), KIND), Err(EmptyDirError::NotADisk(_))));
     }
