@@ -62,12 +62,20 @@ struct RawDescriptor {
     platform: Option<RawPlatform>,
 }
 
+/// What an image of an index is made for.
 #[derive(Deserialize)]
-struct RawPlatform {
+pub(crate) struct RawPlatform {
     #[serde(default)]
     architecture: String,
     #[serde(default)]
     os: String,
+}
+
+impl RawPlatform {
+    /// Whether it is this one.
+    pub(crate) fn is_here(&self) -> bool {
+        self.os == "linux" && self.architecture == "amd64"
+    }
 }
 
 /// Parses a manifest or an index, told apart by what is in it.
@@ -104,7 +112,8 @@ fn choose(manifests: Vec<RawDescriptor>) -> Result<Document, DocumentError> {
         None => "unspecified".to_owned(),
     };
     let known = manifests.iter().take(30).map(platform).collect::<Vec<_>>().join(", ");
-    let wanted = manifests.into_iter().find(|descriptor| platform(descriptor) == "linux/amd64");
+    let here = |descriptor: &RawDescriptor| descriptor.platform.as_ref().is_some_and(RawPlatform::is_here);
+    let wanted = manifests.into_iter().find(here);
     wanted.map(blob).transpose()?.map(Document::Index).ok_or(DocumentError::NoPlatform(known))
 }
 

@@ -11,7 +11,7 @@ use isopod_proto::ErrorKind;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use support::registry::{Access, Fault, Registry};
-use support::{Item, gzip, noise, tar};
+use support::{Item, gzip, noise, shown, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";
@@ -34,16 +34,6 @@ fn hosts(root: &Path, directory: &str, text: &str) {
     let directory = root.join("certs.d").join(directory);
     std::fs::create_dir_all(&directory).unwrap();
     std::fs::write(directory.join("hosts.toml"), text).unwrap();
-}
-
-fn shown(error: &PullError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use isopod_image_store::{Auth, ImageStore, ImportError, Imported, Progress, Stor
 use isopod_proto::ErrorKind;
 use serde_json::{Value, json};
 use support::registry::Registry;
-use support::{Item, digest, gzip, noise, tar};
+use support::{Item, digest, gzip, noise, shown, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";
@@ -74,16 +74,6 @@ fn store(root: &Path) -> ImageStore {
 
 async fn import(store: &ImageStore, archive: Vec<u8>, name: Option<&str>) -> Result<Vec<Imported>, ImportError> {
     store.import(Cursor::new(archive), name, |_| {}).await
-}
-
-fn shown(error: &ImportError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 fn files(root: &Path) -> usize {

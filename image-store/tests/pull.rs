@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use isopod_image_store::{Auth, ImageStore, PullError};
 use isopod_proto::ErrorKind;
 use support::registry::{Access, Fault, Registry};
-use support::{Item, digest, gzip, noise, tar};
+use support::{Item, digest, gzip, noise, shown, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";
@@ -20,17 +20,6 @@ fn layer(seed: u64) -> Vec<u8> {
 
 async fn pull(store: &ImageStore) -> Result<String, PullError> {
     store.pull(NAME, &Auth::Anonymous).await.map(|id| id.to_string())
-}
-
-/// The error with its causes, as it would be shown.
-fn shown(error: &PullError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// No image, no layer, nothing half made; threads that are still stopping are waited for.

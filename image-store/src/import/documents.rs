@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::digest::Digest;
+use crate::manifest::RawPlatform;
 
 /// Most images of an archive, and names of one.
 pub(super) const MAX_IMAGES: usize = 1000;
@@ -52,23 +53,13 @@ struct RawDescriptor {
     annotations: Option<BTreeMap<String, String>>,
 }
 
-#[derive(Deserialize)]
-struct RawPlatform {
-    #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    os: String,
-}
-
 /// The images that `index.json` names and that can be for this platform.
 pub(super) fn layout(bytes: &[u8]) -> Result<Vec<LayoutImage>, String> {
     let index: RawIndex = serde_json::from_slice(bytes).map_err(|error| format!("index.json: {error}"))?;
     if index.manifests.len() > MAX_IMAGES {
         return Err(format!("index.json: more than {MAX_IMAGES} images"));
     }
-    let here = |descriptor: &RawDescriptor| {
-        descriptor.platform.as_ref().is_none_or(|platform| platform.os == "linux" && platform.architecture == "amd64")
-    };
+    let here = |descriptor: &RawDescriptor| descriptor.platform.as_ref().is_none_or(RawPlatform::is_here);
     let images = index.manifests.into_iter().filter(here).map(|descriptor| {
         let digest = Digest::parse(&descriptor.digest).map_err(|error| format!("index.json: {error}"))?;
         let mut annotations = descriptor.annotations.unwrap_or_default();
