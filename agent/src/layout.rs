@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::error::{Error, Result};
+
 /// The agent's directories.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -86,4 +88,13 @@ impl Layout {
             .map(|name| self.run.join(name))
             .to_vec()
     }
+}
+
+/// Refuses what is not the name of a `what`: 1 to 64 ASCII letters and digits, which is one component of a path.
+pub fn check_name(what: &str, name: &str) -> Result<()> {
+    if (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(80).collect();
+    Err(Error::invalid(format!("{shown:?} is not the name of a {what}")))
 }

@@ -22,7 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::error::{Context as _, Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, check_name};
 
 /// Inodes for an old and a new state together, and for the directories around them.
 const INODES: usize = 2 * MAX_MIRROR_ENTRIES + 16;
@@ -125,10 +125,7 @@ impl Mirror {
 
 /// The path of what the mirror `name` shows.
 pub fn path(layout: &Layout, name: &str) -> Result<String> {
-    if !(1..=64).contains(&name.len()) || !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        let shown: String = name.chars().take(80).collect();
-        return Err(Error::invalid(format!("{shown:?} is not the name of a mirror")));
-    }
+    check_name("mirror", name)?;
     let path = layout.mirror(name).join("root");
     path.into_os_string().into_string().map_err(|_| Error::invalid("a mirror's path is not UTF-8"))
 }

@@ -19,7 +19,7 @@ use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::beneath::{self, Make};
 use crate::error::{Context as _, Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, check_name};
 
 /// A volume that is to be there.
 #[derive(Clone, Debug)]
@@ -59,10 +59,7 @@ impl Volumes {
     /// Makes a volume, unless it is there. Blocks.
     pub fn make(&self, wanted: &Wanted) -> Result<()> {
         let name = &wanted.name;
-        if !(1..=64).contains(&name.len()) || !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            let shown: String = name.chars().take(80).collect();
-            return Err(Error::invalid(format!("{shown:?} is not the name of a volume")));
-        }
+        check_name("volume", name)?;
         // Held for as long as a mount takes, so that there is one of each name.
         let mut roots = self.roots.lock();
         if roots.contains_key(name) {

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use isopod_image_store::{Auth, Credentials, Endpoint, ImageStore, PullError, StoreConfig};
 use isopod_proto::ErrorKind;
+use isopod_proto::chain as shown;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use support::registry::{Access, Fault, Registry};
-use support::{Item, gzip, noise, shown, tar};
+use support::{Item, gzip, noise, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";

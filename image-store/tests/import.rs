@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use isopod_image_store::{Auth, ImageStore, ImportError, Imported, Progress, StoreConfig};
 use isopod_proto::ErrorKind;
+use isopod_proto::chain as shown;
 use serde_json::{Value, json};
 use support::registry::Registry;
-use support::{Item, digest, gzip, noise, shown, tar};
+use support::{Item, digest, gzip, noise, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";

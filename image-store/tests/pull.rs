@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use isopod_image_store::{Auth, ImageStore, PullError};
 use isopod_proto::ErrorKind;
+use isopod_proto::chain as shown;
 use support::registry::{Access, Fault, Registry};
-use support::{Item, digest, gzip, noise, shown, tar};
+use support::{Item, digest, gzip, noise, tar};
 use tempfile::TempDir;
 
 const NAME: &str = "test.example/a:1";

@@ -1,5 +1,16 @@
 //! The kinds of error that cross a process boundary.
 
+/// `error` and what it came of, in one line: what is shown where it ends.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
 /// What sort of failure it is, for whoever has to react to it. The numbers are those of the gRPC status codes
 /// (`google.rpc.Code`) that carry them on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

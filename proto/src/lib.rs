@@ -8,7 +8,7 @@ mod error;
 mod frame;
 mod id;
 
-pub use error::ErrorKind;
+pub use error::{ErrorKind, chain};
 pub use frame::{FrameError, decode_frame, encode_frame};
 pub use id::{DiskId, InvalidId, ObjectId};
 

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{self, Write};
 
+pub use isopod_proto::chain;
 use isopod_proto::encode_frame;
 use isopod_proto::vmm::VmExit;
 pub use isopod_proto::vmm::vm_exit::Reason;
@@ -38,17 +39,6 @@ impl Exit {
         let record = VmExit { reason: self.reason.into(), message: self.message.clone(), console };
         to.write_all(&encode_frame(&record))
     }
-}
-
-/// An error and its sources in one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //! | Landlock | no path, no TCP, no signal to or abstract socket of others; as far as the kernel has it |
 //! | seccomp | a list of system calls for each kind of thread ([`seccomp`]) |
 //!
-//! What it needs it has as open descriptors. `vmm/tests/jail.rs` tries the layers, `tests/tests/e2e/jail.rs` looks at the result.
+//! What it needs it has as open descriptors. `vmm/tests/jail/` tries the layers, `tests/tests/e2e/jail.rs` looks at the result.
 
 pub mod seccomp;
 

@@ -1,9 +1,9 @@
 //! Errors as gRPC statuses: the only place that makes a [`tonic::Status`].
 
 use std::error::Error;
-use std::fmt::Write;
 
 use isopod_proto::ErrorKind;
+pub use isopod_proto::chain;
 use tonic::{Code, Status};
 
 /// What the kubelet looks for in the errors of PullImage.
@@ -52,17 +52,6 @@ pub fn code(kind: ErrorKind) -> Code {
         ErrorKind::Unavailable => Code::Unavailable,
         ErrorKind::Corrupt => Code::DataLoss,
     }
-}
-
-/// `error` and what it came of, in one line: what the kubelet shows to the pod's owner.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let _ = write!(text, ": {error}"); // A String takes everything.
-        source = error.source();
-    }
-    text
 }
 
 /// The status for `error`.

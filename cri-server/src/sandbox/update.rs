@@ -47,16 +47,9 @@ impl Driver {
         let resources = guest_resources(&new).map_err(SandboxError::Spec)?;
         memory_fits(&update.limits, self.record.size)?;
         let in_guest = self.record.phase == SandboxPhase::Ready && !matches!(record.state, ContainerState::Exited(_));
-        if in_guest {
-            let applied = self.apply_cpu_sets(Some((id, &new)));
-            let updated = match applied {
-                Ok(()) => self.update_in_guest(id, resources).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = updated {
-                self.release_cpu_sets();
-                return Err(error);
-            }
+        if in_guest && let Err(error) = self.enforce(id, &new, resources).await {
+            self.release_cpu_sets();
+            return Err(error);
         }
         linux.resources = Some(new);
         record.config.linux = Some(linux);
@@ -74,6 +67,17 @@ impl Driver {
             container.record = record;
         }
         Ok(())
+    }
+
+    /// Puts the limits `new` into force, of which the guest gets `resources`. After an error CPU sets may be in force.
+    async fn enforce(
+        &mut self,
+        id: &ObjectId,
+        new: &LinuxContainerResources,
+        resources: Resources,
+    ) -> Result<(), SandboxError> {
+        self.apply_cpu_sets(Some((id, new)))?;
+        self.update_in_guest(id, resources).await
     }
 
     async fn update_in_guest(&self, id: &ObjectId, resources: Resources) -> Result<(), SandboxError> {

@@ -8,17 +8,6 @@ use std::process::Command;
 
 use sha2::Digest as _;
 
-/// An error with its causes, as it would be shown.
-pub fn shown(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}
-
 /// A file to put into a tar.
 pub enum Item<'a> {
     Dir(&'a str),

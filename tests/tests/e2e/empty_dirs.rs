@@ -93,12 +93,8 @@ async fn an_empty_dir_is_the_guests_own_and_outlives_it() -> anyhow::Result<()> 
 
     // The first VM dies in the middle of its work; what was written before is there for the next.
     first.sh("sync; (while :; do echo x >> /cache/growing; done) >/dev/null 2>&1 &").await?;
-    let vmms = daemon.vmms();
-    let of_first = vmms.iter().find(|pid| {
-        fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|log| log.to_string_lossy().contains(&pod.id[..12]))
-    });
-    let victim = of_first.unwrap_or_else(|| panic!("no VMM of {} among {vmms:?}", pod.id));
-    assert!(Command::new("kill").args(["-KILL", victim]).status()?.success());
+    let victim = pod.vmm(&daemon.state)?;
+    assert!(Command::new("kill").arg("-KILL").args(victim.file_name()).status()?.success());
     first.exited().await?;
     let (end, lines) = next.run_to_end(reader).await?;
     let text: String = lines.iter().map(|line| line.text()).collect();

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -54,18 +54,6 @@ const LIMITS: [(&str, &str); 6] = [
     ("Max locked memory", "0"),
     ("Max msgqueue size", "0"),
 ];
-
-/// The process whose log is in `directory` of a sandbox.
-fn vmm_in(directory: &Path) -> anyhow::Result<PathBuf> {
-    let log = directory.join("vmm.log");
-    let processes = fs::read_dir("/proc")?.flatten().map(|entry| entry.path());
-    let mut own = processes.filter(|path| fs::read_link(path.join("fd/1")).is_ok_and(|target| target == log));
-    own.next().with_context(|| format!("no process has {}", log.display()))
-}
-
-fn sandbox_directory(state: &str, pod: &TestPod) -> PathBuf {
-    Path::new(state).join("sandboxes").join(&pod.id[..12])
-}
 
 /// A line of /proc/PID/status, with single spaces.
 fn status_line(task: &Path, name: &str) -> anyhow::Result<String> {
@@ -159,14 +147,14 @@ fn check_threads(process: &Path) -> anyhow::Result<BTreeSet<String>> {
 async fn a_vmm_has_what_the_golden_list_says_and_nothing_of_another_ones() -> anyhow::Result<()> {
     let (first, second) = tokio::try_join!(TestPod::run("jail"), TestPod::run("jail"))?;
     first.start(shell("jailed", "sleep 1000")).await?;
-    let directory = sandbox_directory("/run/isopod", &first);
-    let process = vmm_in(&directory)?;
-    check_process(&process, &directory)?;
+    let state = Path::new("/run/isopod");
+    let process = first.vmm(state)?;
+    check_process(&process, &first.directory(state))?;
     let kinds = check_threads(&process)?;
     for kind in ["isopod-vmm", "vcpu", "block", "net", "rng", "vsock"] {
         assert!(kinds.contains(kind), "{kind} is not among {kinds:?}");
     }
-    let other = vmm_in(&sandbox_directory("/run/isopod", &second))?;
+    let other = second.vmm(state)?;
     for namespace in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
         let namespace = Path::new("ns").join(namespace);
         assert_ne!(fs::read_link(process.join(&namespace))?, fs::read_link(other.join(&namespace))?);
@@ -203,19 +191,18 @@ async fn a_vmm_that_breaks_out_of_its_list_of_calls_costs_its_pod_alone_and_user
         vmm.insert("uids".into(), 2.into());
     };
     let mut daemon = Daemon::start(two_users).await?;
-    let state = daemon.socket().parent().context("it has a directory")?.display().to_string();
     let mut cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
     let mut first = TestPod::run_with(&cri, TestPod::config("user")).await?;
     let mut container = first.start(shell("victim", "sleep 1000")).await?;
-    let process = vmm_in(&sandbox_directory(&state, &first))?;
+    let process = first.vmm(&daemon.state)?;
 
     daemon.end(Signal::KILL).await?;
     daemon.restart().await?;
     cri = daemon.cri().await?;
     (first.cri, container.cri) = (cri.clone(), cri.clone());
     let mut second = TestPod::run_with(&cri, TestPod::config("user")).await?;
-    let users = BTreeSet::from([uid(&process)?, uid(&vmm_in(&sandbox_directory(&state, &second))?)?]);
+    let users = BTreeSet::from([uid(&process)?, uid(&second.vmm(&daemon.state)?)?]);
     assert_eq!(users, BTreeSet::from([70_000, 70_001]));
     let request = cri::RunPodSandboxRequest { config: Some(TestPod::config("user")), ..Default::default() };
     let refused = cri.runtime.clone().run_pod_sandbox(request).await.expect_err("there is no third user");
@@ -226,7 +213,7 @@ async fn a_vmm_that_breaks_out_of_its_list_of_calls_costs_its_pod_alone_and_user
     second = TestPod::run_with(&cri, TestPod::config("user")).await?;
     let victim = second.start(shell("victim", "sleep 1000")).await?;
 
-    let process = vmm_in(&sandbox_directory(&state, &second))?;
+    let process = second.vmm(&daemon.state)?;
     let pid = process.file_name().and_then(|name| name.to_str()).context("a pid")?.parse()?;
     // execve
     let end = tokio::task::spawn_blocking(move || plant_call(pid, 59)).await??;

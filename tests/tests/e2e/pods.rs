@@ -122,7 +122,7 @@ async fn a_killed_vmm_makes_its_pod_not_ready_and_its_container_137() -> anyhow:
     let container = pod.start(shell("victim", "sleep 1000")).await?;
     let vmms = daemon.vmms();
     assert_eq!(vmms.len(), 1, "{vmms:?}");
-    assert!(Command::new("kill").args(["-KILL", &vmms[0]]).status()?.success());
+    assert!(Command::new("kill").arg("-KILL").args(vmms[0].file_name()).status()?.success());
     let status = container.exited().await?;
     assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
     isopod_tests::fixture::eventually("NOTREADY", std::time::Duration::from_secs(30), async || {
