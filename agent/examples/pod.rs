@@ -1,4 +1,4 @@
-//! Drives the agent of a running VM through one pod, for looking into a guest by hand: `pod VSOCK SCRATCH IMAGE LAYERS COMMAND...`
+//! Drives the agent of a running VM through one pod, for looking into a guest by hand: `pod VSOCK SCRATCH IMAGE COMMAND...`
 //! configures the pod with the scratch disk, attaches the image disk, runs the command in a container, prints its output
 //! and end, and powers the guest off. VSOCK is the VMM's socket; SCRATCH ("" for none) and IMAGE are serials of disks.
 
@@ -21,7 +21,7 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Outcome<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [vsock, scratch, image, layers, command @ ..] = &arguments[..] else { return Err("see the source".into()) };
+    let [vsock, scratch, image, command @ ..] = &arguments[..] else { return Err("see the source".into()) };
     let socket = PathBuf::from(vsock);
     let path = socket.clone();
     let connector = tower::service_fn(move |_| {
@@ -43,7 +43,7 @@ async fn main() -> Outcome<()> {
     };
     client.configure_pod(pod).await?;
     say("configured");
-    client.attach_disk(AttachDiskRequest { id: image.clone(), layers: layers.parse()? }).await?;
+    client.attach_disk(AttachDiskRequest { id: image.clone(), image: true }).await?;
     say("image attached");
     let id = "a".repeat(64);
     let process = Process { args: command.to_vec(), env: vec![b"PATH=/bin:/usr/bin".to_vec()], ..Process::default() };

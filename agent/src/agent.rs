@@ -91,9 +91,9 @@ impl Agent {
         result
     }
 
-    /// Waits for a disk and mounts the layers on it.
-    pub async fn attach_disk(&self, id: &str, layers: u32) -> Result<()> {
-        self.disks.attach(id, layers).await
+    /// Waits for a disk, and mounts it if it is an image.
+    pub async fn attach_disk(&self, id: &str, image: bool) -> Result<()> {
+        self.disks.attach(id, image).await
     }
 
     /// Unmounts a disk and removes its PCI function.
@@ -144,7 +144,7 @@ impl Agent {
         let parts = Parts {
             layout: self.layout.clone(),
             reaper: Arc::clone(&self.reaper),
-            layers: self.disks.layers(&request.image_disk)?,
+            image: self.disks.image(&request.image_disk)?,
             image_volumes: self.image_volumes(&request)?,
             volumes: Arc::clone(&self.volumes),
             devices: self.devices(&request)?,
@@ -160,13 +160,13 @@ impl Agent {
         Ok(user)
     }
 
-    /// The mounted layers of the images that are volumes of the container, by their disks.
-    fn image_volumes(&self, request: &CreateContainerRequest) -> Result<HashMap<String, Vec<PathBuf>>> {
+    /// Where the images that are volumes of the container are mounted, by their disks.
+    fn image_volumes(&self, request: &CreateContainerRequest) -> Result<HashMap<String, PathBuf>> {
         let images = request.mounts.iter().filter_map(|mount| match &mount.source {
             Some(mount::Source::Image(image)) => Some(&image.disk),
             _ => None,
         });
-        images.map(|disk| Ok((disk.clone(), self.disks.layers(disk)?))).collect()
+        images.map(|disk| Ok((disk.clone(), self.disks.image(disk)?))).collect()
     }
 
     /// The device nodes that the container asks for.

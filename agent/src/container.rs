@@ -67,10 +67,10 @@ pub struct Parts {
     pub layout: Layout,
     /// Watches its processes.
     pub reaper: Arc<Reaper>,
-    /// The mounted layers of its image, the top one first.
-    pub layers: Vec<PathBuf>,
-    /// The mounted layers of the images that are its volumes, by their disks.
-    pub image_volumes: HashMap<String, Vec<PathBuf>>,
+    /// Where its image is mounted.
+    pub image: PathBuf,
+    /// Where the images that are its volumes are mounted, by their disks.
+    pub image_volumes: HashMap<String, PathBuf>,
     /// The pod's own volumes.
     pub volumes: Arc<Volumes>,
     /// Device nodes besides those that every container has.
@@ -90,7 +90,7 @@ pub fn create(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Co
 }
 
 fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Container>, ResolvedUser)> {
-    let Parts { layout, reaper, layers, devices, pid_namespace, user_namespace, .. } = parts;
+    let Parts { layout, reaper, image, devices, pid_namespace, user_namespace, .. } = parts;
     let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
     let wanted = request.process.as_ref().ok_or_else(|| Error::invalid("the container has no process"))?;
     let sources = make_sources(parts, request)?;
@@ -98,10 +98,10 @@ fn build(parts: &Parts, request: &CreateContainerRequest) -> Result<(Arc<Contain
 
     let scratch = layout.container_scratch(&request.id);
     let root = match user_namespace {
-        None => rootfs::mount_overlay(layers, &scratch, request.privileged)?,
+        None => rootfs::mount_overlay(image, &scratch, request.privileged)?,
         Some(namespace) => {
-            let staging = layout.container_files(&request.id).join("layers");
-            rootfs::mount_mapped_overlay(layers, &scratch, &staging, namespace)?
+            let staging = layout.container_files(&request.id).join("image");
+            rootfs::mount_mapped_overlay(image, &scratch, &staging, namespace)?
         }
     };
     let identity = users::resolve(root.as_fd(), &wanted.user.clone().unwrap_or_default())?;
@@ -193,8 +193,8 @@ fn make_sources(parts: &Parts, request: &CreateContainerRequest) -> Result<Vec<O
         Some(mount::Source::Share(name)) => crate::shares::path(layout, name).map(Some),
         Some(mount::Source::Mirror(name)) => crate::mirror::path(layout, name).map(Some),
         Some(mount::Source::Image(image)) => {
-            let layers = image_volumes.get(&image.disk).map(Vec::as_slice).unwrap_or_default();
-            image_volume::mount(layers, &image.sub_path, &files.join(number.to_string())).map(Some)
+            let root = image_volumes.get(&image.disk).ok_or_else(|| Error::not_found("an image volume has no disk"))?;
+            image_volume::path(root, &image.sub_path).map(Some)
         }
         Some(mount::Source::TmpfsSizeBytes(_)) | None => Ok(None),
     };

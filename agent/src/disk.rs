@@ -13,17 +13,16 @@ use crate::agent::blocking;
 use crate::error::{Context as _, Error, Result};
 use crate::layout::Layout;
 
-/// How long a disk, or a partition on it, may take to appear after a rescan of the bus. The rescan itself is synchronous.
+/// How long a disk may take to appear after a rescan of the bus. The rescan itself is synchronous.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most layers of one image; overlayfs takes at most 500.
-const MAX_LAYERS: u32 = 500;
 
 /// A disk that was attached.
 #[derive(Clone, Debug)]
 struct Attached {
     /// Its name in /sys/block.
     device: String,
-    layers: u32,
+    /// It is an image, and mounted.
+    image: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -37,7 +36,7 @@ enum Slot {
 pub enum DiskSource {
     /// virtio-blk devices of the guest.
     Virtio,
-    /// There are none: who started the agent has put the layers, as directories, where they would be mounted.
+    /// There are none: who started the agent has put images, as directories, where they would be mounted.
     Directories,
 }
 
@@ -54,12 +53,9 @@ impl Disks {
         Self { layout, source, disks: Mutex::default() }
     }
 
-    /// Waits for the disk and mounts its layers.
-    pub async fn attach(&self, id: &str, layers: u32) -> Result<()> {
+    /// Waits for the disk, and mounts it if it is an image.
+    pub async fn attach(&self, id: &str, image: bool) -> Result<()> {
         let id = checked(id)?;
-        if layers > MAX_LAYERS {
-            return Err(Error::invalid(format!("disk {id} has {layers} layers, more than {MAX_LAYERS}")));
-        }
         {
             let mut disks = self.disks.lock();
             if disks.contains_key(&id) {
@@ -70,12 +66,14 @@ impl Disks {
         let (layout, name, source) = (self.layout.clone(), id.clone(), self.source);
         let result = blocking(move || {
             if source == DiskSource::Directories {
-                check_directories(&layout, &name, layers)?;
-                return Ok(Attached { device: String::new(), layers });
+                check_directory(&layout, &name)?;
+                return Ok(Attached { device: String::new(), image });
             }
             let device = find_device(&name)?;
-            mount_layers(&layout, &name, &device, layers).inspect_err(|_| unmount_layers(&layout, &name, layers))?;
-            Ok(Attached { device, layers })
+            if image {
+                mount_image(&layout, &name, &device).inspect_err(|_| unmount_image(&layout, &name))?;
+            }
+            Ok(Attached { device, image })
         })
         .await;
         let mut disks = self.disks.lock();
@@ -91,7 +89,7 @@ impl Disks {
         }
     }
 
-    /// Unmounts the layers of the disk and removes its PCI function. A disk that is not attached is detached already.
+    /// Unmounts the disk if it is an image, and removes its PCI function. A disk that is not attached is detached already.
     pub async fn detach(&self, id: &str) -> Result<()> {
         let id = checked(id)?;
         let attached = {
@@ -110,7 +108,9 @@ impl Disks {
             if source == DiskSource::Directories {
                 return Ok(());
             }
-            unmount_layers(&layout, &name, attached.layers);
+            if attached.image {
+                unmount_image(&layout, &name);
+            }
             remove_function(&attached.device)
         })
         .await;
@@ -118,12 +118,10 @@ impl Disks {
         result
     }
 
-    /// Where the layers of an attached image are mounted, the top one first.
-    pub fn layers(&self, id: &str) -> Result<Vec<PathBuf>> {
+    /// Where an attached image is mounted.
+    pub fn image(&self, id: &str) -> Result<PathBuf> {
         match self.disks.lock().get(id) {
-            Some(Slot::Attached(Attached { layers, .. })) if *layers > 0 => {
-                Ok((1..=*layers).rev().map(|number| self.layout.layer(id, number)).collect())
-            }
+            Some(Slot::Attached(Attached { image: true, .. })) => Ok(self.layout.disk(id)),
             Some(Slot::Attached(_)) => Err(Error::precondition(format!("disk {id} is not an image"))),
             Some(Slot::Busy) => Err(busy(id)),
             None => {
@@ -135,7 +133,7 @@ impl Disks {
     /// The name below /dev of an attached disk that is no image.
     pub fn device(&self, id: &str) -> Result<String> {
         match self.disks.lock().get(id) {
-            Some(Slot::Attached(Attached { layers: 0, device })) if !device.is_empty() => Ok(device.clone()),
+            Some(Slot::Attached(Attached { image: false, device })) if !device.is_empty() => Ok(device.clone()),
             Some(Slot::Busy) => Err(busy(id)),
             _ => Err(Error::not_found(format!("disk {id:?} is not attached as a device"))),
         }
@@ -143,7 +141,7 @@ impl Disks {
 
     /// Mounts the disk as the pod's ext4 scratch file system.
     pub async fn mount_scratch(&self, id: &str) -> Result<()> {
-        self.attach(id, 0).await?;
+        self.attach(id, false).await?;
         let device = match self.disks.lock().get(id) {
             Some(Slot::Attached(attached)) => PathBuf::from("/dev").join(&attached.device),
             _ => return Err(busy(id)),
@@ -170,9 +168,12 @@ fn busy(id: &str) -> Error {
     Error::precondition(format!("another request for disk {id} is under way"))
 }
 
-fn check_directories(layout: &Layout, id: &str, layers: u32) -> Result<()> {
-    let missing = (1..=layers).map(|number| layout.layer(id, number)).find(|path| !path.is_dir());
-    missing.map_or(Ok(()), |path| Err(Error::not_found(format!("the layer {} is not there", path.display()))))
+fn check_directory(layout: &Layout, id: &str) -> Result<()> {
+    let path = layout.disk(id);
+    match path.is_dir() {
+        true => Ok(()),
+        false => Err(Error::not_found(format!("the image {} is not there", path.display()))),
+    }
 }
 
 /// The device with this serial. If there is none, the bus is scanned for new functions.
@@ -210,28 +211,21 @@ fn poll<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     }
 }
 
-fn mount_layers(layout: &Layout, id: &str, device: &str, layers: u32) -> Result<()> {
-    for number in 1..=layers {
-        let partition = PathBuf::from(format!("/dev/{device}{number}"));
-        let missing = || format!("disk {id} has no partition {number} of {layers}");
-        poll(|| partition.exists().then_some(())).ok_or_else(|| Error::new(ErrorKind::Corrupt, missing()))?;
-        let target = layout.layer(id, number);
-        let text = || format!("mount layer {number} of disk {id} (EROFS on {})", partition.display());
-        fs::create_dir_all(&target).context(text)?;
-        rustix::mount::mount(&partition, &target, "erofs", MountFlags::RDONLY | MountFlags::NODEV, None)
-            .context(text)
-            .map_err(|error| error.with_kind(ErrorKind::Corrupt))?;
-    }
-    Ok(())
+fn mount_image(layout: &Layout, id: &str, device: &str) -> Result<()> {
+    let (source, target) = (Path::new("/dev").join(device), layout.disk(id));
+    let text = || format!("mount the image on disk {id} (EROFS on {})", source.display());
+    fs::create_dir_all(&target).context(text)?;
+    rustix::mount::mount(&source, &target, "erofs", MountFlags::RDONLY | MountFlags::NODEV, None)
+        .context(text)
+        .map_err(|error| error.with_kind(ErrorKind::Corrupt))
 }
 
-/// Detaches what is mounted; a container that still uses a layer keeps it until its own end.
-fn unmount_layers(layout: &Layout, id: &str, layers: u32) {
-    for number in (1..=layers).rev() {
-        // After a failed mount some are not there.
-        let _ = rustix::mount::unmount(layout.layer(id, number), UnmountFlags::DETACH);
-    }
-    let _ = fs::remove_dir_all(layout.disk(id));
+/// Detaches what is mounted; a container that still uses it keeps it until its own end.
+fn unmount_image(layout: &Layout, id: &str) {
+    let path = layout.disk(id);
+    // After a failed mount it is not there.
+    let _ = rustix::mount::unmount(&path, UnmountFlags::DETACH);
+    let _ = fs::remove_dir(path);
 }
 
 /// Removes the PCI function that the block device belongs to: /sys/block/X is .../<function>/virtioN/block/X.

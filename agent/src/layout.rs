@@ -27,12 +27,7 @@ impl Layout {
         &self.cgroup_parent
     }
 
-    /// Where layer `number` of the disk `id` is mounted.
-    pub fn layer(&self, id: &str, number: u32) -> PathBuf {
-        self.disk(id).join(number.to_string())
-    }
-
-    /// What has been mounted of the disk `id`.
+    /// Where the disk `id`, an image, is mounted.
     pub fn disk(&self, id: &str) -> PathBuf {
         self.run.join("disks").join(id)
     }

@@ -64,8 +64,8 @@ impl Service for Rpc {
     }
 
     async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Answer<AttachDiskResponse> {
-        let AttachDiskRequest { id, layers } = request.into_inner();
-        self.run(|agent| async move { agent.attach_disk(&id, layers).await.map(|()| AttachDiskResponse {}) }).await
+        let AttachDiskRequest { id, image } = request.into_inner();
+        self.run(|agent| async move { agent.attach_disk(&id, image).await.map(|()| AttachDiskResponse {}) }).await
     }
 
     async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Answer<DetachDiskResponse> {

@@ -91,7 +91,7 @@ impl Endpoint {
 pub struct Limits {
     /// Bytes of a manifest or index, and of an image configuration.
     pub max_manifest_bytes: u64,
-    /// Layers of an image. At most 127, the partitions an image's disk can have.
+    /// Layers of an image. At most 127, as in Docker: each is a descriptor that a VMM is sent, together at most 253.
     pub max_layers: usize,
     /// Bytes of a layer's tar stream after decompression, and of the file data it describes (holes included).
     pub max_layer_bytes: u64,
@@ -99,7 +99,7 @@ pub struct Limits {
     pub max_inflate_ratio: u64,
     /// Bytes of the files in an archive that is imported.
     pub max_archive_bytes: u64,
-    /// Entries of a layer's tar.
+    /// Entries of a layer's tar, and files and directories in all layers of an image together.
     pub max_entries: u64,
     /// Bytes of a path, or of a link's target.
     pub max_path_bytes: usize,
@@ -107,7 +107,8 @@ pub struct Limits {
     pub max_depth: usize,
     /// Bytes of one entry's extended attributes, names and values together. At most 64 KiB are ever accepted.
     pub max_xattr_bytes: usize,
-    /// Bytes of all names, targets and extended attributes of a layer together: they are kept in memory while it is made.
+    /// Bytes of all names, targets and extended attributes of a layer together, and of an image: they are kept in memory while it
+    /// is made.
     pub max_metadata_bytes: u64,
 }
 

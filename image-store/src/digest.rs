@@ -38,6 +38,13 @@ impl Digest {
         Self::from_bytes(&sha2::Sha256::digest(bytes))
     }
 
+    /// The first 16 of its bytes, as the UUID of what it names.
+    pub(crate) fn first_half(&self) -> [u8; 16] {
+        let value = |digit: u8| (digit as char).to_digit(16).expect("a digest's digits are hexadecimal") as u8;
+        let digits = self.hex().as_bytes();
+        std::array::from_fn(|index| value(digits[2 * index]) << 4 | value(digits[2 * index + 1]))
+    }
+
     /// `sha256:` and the digits.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -74,6 +81,7 @@ mod tests {
     fn the_digest_of_nothing_is_the_known_one() {
         let digest = Digest::of(b"");
         assert_eq!(digest.hex(), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_eq!(digest.first_half()[..3], [0xe3, 0xb0, 0xc4]);
         assert_eq!(Digest::parse(digest.as_str()), Ok(digest));
     }
 

@@ -4,11 +4,18 @@
 //! 4 KiB, extended inodes (64 bytes, with their own times), plain layout for files (so that data are block aligned and can be
 //! mapped, or referred to by chunk), inline layout for what is small in directories and symbolic links, inline extended
 //! attributes, and the superblock's checksum. The same tree in the same order gives the same bytes.
+//!
+//! What was written is read back as a tree (`reader.rs`), trees of layers are merged (`merge.rs`), and a merged tree is written as
+//! a file system whose files' data are in the layers' files, which follow it on one disk.
 
 mod format;
+mod merge;
+mod reader;
 mod tree;
 mod writer;
 
-pub(crate) use format::{Xattr, xattr_prefix};
+pub(crate) use format::{ALIGNMENT, BLOCK_SIZE, Xattr, xattr_prefix};
+pub(crate) use merge::{MergeLimits, TooMuch};
+pub(crate) use reader::{ReadError, read_tree};
 pub(crate) use tree::{Attributes, FileType, PathError, Tree};
-pub(crate) use writer::ErofsWriter;
+pub(crate) use writer::{Data, ErofsWriter};

@@ -15,7 +15,7 @@ pub struct Image {
     pub repo_tags: Vec<String>,
     /// Names with the digests of the manifests or indexes they were pulled by, sorted.
     pub repo_digests: Vec<String>,
-    /// Bytes its layers take in the store; above 0. Layers are shared between images, so sizes do not add up.
+    /// Bytes its layers and its metadata take in the store; above 0. Layers are shared between images, so sizes do not add up.
     pub size: u64,
     /// How containers are to be run from it.
     pub config: ImageConfig,
@@ -47,13 +47,12 @@ pub struct ImageConfig {
     pub exposed_ports: BTreeSet<String>,
 }
 
-/// An image as one disk: a GPT whose partition N (from 1) is the EROFS of layer N, 1 being the bottom.
+/// An image as one disk, which is one EROFS file system: what its layers show together.
 #[derive(Debug)]
 pub struct ImageDisk {
-    /// The disk's contents, one after the other. Offsets and lengths are multiples of 512.
+    /// The disk's contents, one after the other: metadata, and each layer's file, bottom first. Offsets and lengths are
+    /// multiples of 512 KiB.
     pub segments: Vec<DiskSegment>,
-    /// Number of layers, and so of partitions; 1 to 127.
-    pub layers: u32,
 }
 
 /// A part of a file that is a part of a disk. The file is open read-only and stays usable when the image is removed.

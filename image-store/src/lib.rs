@@ -1,7 +1,8 @@
 //! OCI images as read-only EROFS block images: registry client, conversion, content store.
 //!
 //! [`ImageStore::pull`] fetches an image; each of its layers becomes, as its bytes arrive, one EROFS file named by the
-//! layer's diff id. [`ImageStore::disk`] gives an image as the segments of one disk: a GPT whose partition N is layer N.
+//! layer's diff id. The trees of all its layers are merged into one EROFS file system, whose metadata are a file of
+//! the image's own, and whose files' data stay in the layers' files. [`ImageStore::disk`] gives an image as the segments of one disk.
 //!
 //! Invariants: nothing is unpacked to a directory tree and nothing is mounted; a file under its final name is complete,
 //! verified and durable; names are the only roots, so a layer that no image has is removed; bytes of a registry are used only
@@ -20,6 +21,7 @@ mod import;
 mod layer;
 mod making;
 mod manifest;
+mod merge;
 mod pull;
 mod reference;
 mod registry;
@@ -31,6 +33,7 @@ pub use digest::{Digest, ImageId, InvalidDigest};
 pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage};
 pub use import::{ImportError, Imported, Progress};
 pub use layer::{ConvertReport, LayerError, convert_blob};
+pub use merge::{MergeError, merge_layers};
 pub use pull::PullError;
 pub use reference::{ImageName, ReferenceError};
 pub use registry::RegistryError;

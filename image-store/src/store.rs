@@ -4,7 +4,7 @@
 //! ROOT/version          what this layout is
 //!      metadata.redb    names and images
 //!      layers/HEX.erofs a layer, by its diff id
-//!      images/HEX.gpt   what stands before and behind an image's layers on its disk, by image id
+//!      images/HEX.erofs metadata of the file system that an image's layers make, by image id
 //!      tmp/             what is being made; emptied at each start
 //! ```
 //! Names and images in the database, and the pins of running pulls, are the only roots. Whatever is not reached from them is
@@ -12,15 +12,15 @@
 
 mod contents;
 mod database;
+mod disk;
 mod error;
 mod files;
-mod gpt;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -30,14 +30,14 @@ use tokio::sync::Semaphore;
 use self::contents::Contents;
 pub(crate) use self::database::StoredConfig;
 use self::database::{ImageDatabase, Record};
+use self::disk::NewDisk;
 pub use self::error::{OpenError, StoreError};
 use self::error::{database_error, io_error};
-use self::files::{check_version, remove_file, write_durably};
-use self::gpt::{EDGE, Partition};
+use self::files::{check_version, remove_file};
 use crate::auth::Credentials;
 use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
-use crate::image::{DiskSegment, Image, ImageDisk, Usage};
+use crate::image::{Image, ImageDisk, Usage};
 use crate::import::{self, ImportError, Imported, Progress};
 use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
@@ -124,10 +124,10 @@ impl ImageStore {
         let contents = self.inner.read()?;
         let Some(id) = contents.find(reference)? else { return Ok(()) };
         self.inner.database.remove(std::slice::from_ref(&id)).map_err(database_error("written"))?;
-        let path = self.inner.edges_path(&id);
+        let path = self.inner.disk_path(&id);
         remove_file(&path).map_err(io_error(&path, "removed"))?;
-        let layers = contents.images.get(&id).map(|record| record.layers.clone()).unwrap_or_default();
-        self.inner.collect(&layers.iter().filter_map(|layer| Digest::parse(layer).ok()).collect::<Vec<_>>(), &pins)
+        let layers = contents.images.get(&id).map(Record::diff_ids).unwrap_or_default();
+        self.inner.collect(&layers, &pins)
     }
 
     /// What the store takes on its file system.
@@ -156,17 +156,7 @@ impl ImageStore {
         let _pins = self.inner.pins.lock();
         let contents = self.inner.read()?;
         let record = contents.images.get(id).ok_or_else(not_found)?;
-        let open = |path: &Path| File::open(path).map_err(io_error(path, "opened"));
-        let edges = self.inner.edges_path(id);
-        let mut segments = vec![DiskSegment { file: open(&edges)?, offset: 0, length: EDGE }];
-        for layer in &record.layers {
-            let path = self.inner.layer_path(&Digest::parse(layer).map_err(|_| not_found())?);
-            let file = open(&path)?;
-            let length = file.metadata().map_err(io_error(&path, "read"))?.len();
-            segments.push(DiskSegment { file, offset: 0, length });
-        }
-        segments.push(DiskSegment { file: open(&edges)?, offset: EDGE, length: EDGE });
-        Ok(ImageDisk { segments, layers: record.layers.len() as u32 })
+        self.inner.open_disk(id, &record.diff_ids())
     }
 }
 
@@ -211,10 +201,6 @@ impl Inner {
         Ok(file)
     }
 
-    fn edges_path(&self, id: &ImageId) -> PathBuf {
-        self.config.root.join("images").join(format!("{}.gpt", id.hex()))
-    }
-
     fn read(&self) -> Result<Contents, StoreError> {
         self.database.read().map_err(database_error("read"))
     }
@@ -241,7 +227,7 @@ impl Inner {
         lock
     }
 
-    /// Makes an image known whose layers are all here and pinned. Durable when it returns.
+    /// Makes an image known whose layers are all here and pinned. Durable when it returns. Not for an asynchronous task.
     pub(crate) fn add(
         &self,
         id: &ImageId,
@@ -249,29 +235,27 @@ impl Inner {
         config: StoredConfig,
         names: &[String],
     ) -> Result<(), StoreError> {
+        let lock = self.making(id);
+        let _making = lock.blocking_lock();
+        // Before anything else is kept waiting. What its id names is always the same, so one that is there is right.
+        let new = match self.disk_path(id).is_file() {
+            true => None,
+            false => Some(self.make_disk(id, layers)?),
+        };
         let _pins = self.pins.lock();
-        let mut partitions = Vec::new();
-        for layer in layers {
-            let path = self.layer_path(layer);
-            let bytes = fs::metadata(&path).map_err(io_error(&path, "read"))?.len();
-            partitions.push(Partition { guid: guid(layer), bytes });
-        }
-        let (head, tail) = gpt::edges(guid(id), &partitions);
-        let path = self.edges_path(id);
-        let temporary = self.temporary_path(id);
-        let written = write_durably(&temporary, &path, &[&head[..], &tail]).map_err(io_error(&path, "written"));
-        let size = partitions.iter().map(|partition| partition.bytes).sum();
-        let layers = layers.iter().map(|layer| layer.to_string()).collect();
-        let added = written.and_then(|()| {
-            let record = Record { layers, size, config };
-            self.database.add(id, &record, names).map_err(database_error("written"))
+        let new = match new {
+            // It was removed meanwhile.
+            None if !self.disk_path(id).is_file() => Some(self.make_disk(id, layers)?),
+            new => new,
+        };
+        let added = new.map_or(Ok(()), NewDisk::put).and_then(|()| {
+            let size = self.size(id, layers)?;
+            let layers = layers.iter().map(Digest::to_string).collect();
+            self.database.add(id, &Record { layers, size, config }, names).map_err(database_error("written"))
         });
-        if added.is_err() {
+        if added.is_err() && !self.read().is_ok_and(|contents| contents.images.contains_key(id)) {
             // Whatever fails now is found at the next start.
-            let _ = fs::remove_file(&temporary);
-            if !self.read().is_ok_and(|contents| contents.images.contains_key(id)) {
-                let _ = fs::remove_file(&path);
-            }
+            let _ = fs::remove_file(self.disk_path(id));
         }
         added
     }
@@ -287,24 +271,32 @@ impl Inner {
         Ok(())
     }
 
+    /// Makes what is missing of an image whose layers are here: a former version had other files.
+    fn complete(&self, id: &ImageId, record: &Record) -> Result<(), StoreError> {
+        let layers = record.diff_ids();
+        layers.iter().try_for_each(|layer| self.align_layer(layer))?;
+        match self.disk_path(id).is_file() {
+            true => Ok(()),
+            false => self.make_disk(id, &layers)?.put(),
+        }
+    }
+
     /// Puts the store in order after an earlier run: no image without its files, no file without its image.
     fn clean(&self) -> Result<(), StoreError> {
-        let contents = self.read()?;
-        let here = |path: PathBuf| path.is_file();
-        let whole = |id: &ImageId, record: &Record| {
-            let layer = |layer: &String| Digest::parse(layer).is_ok_and(|digest| here(self.layer_path(&digest)));
-            here(self.edges_path(id)) && record.layers.iter().all(layer)
-        };
-        let broken = contents.images.iter().filter(|(id, record)| !whole(id, record));
-        let broken: Vec<ImageId> = broken.map(|(id, _)| id.clone()).collect();
-        if !broken.is_empty() {
-            tracing::warn!(?broken, "images without all their files are forgotten");
-            self.database.remove(&broken).map_err(database_error("written"))?;
+        let mut contents = self.read()?;
+        let broken =
+            contents.images.iter().filter_map(|(id, record)| Some((id.clone(), self.complete(id, record).err()?)));
+        let broken: BTreeMap<ImageId, StoreError> = broken.collect();
+        for (id, error) in &broken {
+            let error: &dyn std::error::Error = error;
+            tracing::warn!(image = %id, error, "an image without all its files is forgotten");
+            contents.images.remove(id);
         }
-        let contents = self.read()?;
-        let layers = contents.layers();
-        let mut keep: BTreeSet<PathBuf> = contents.images.keys().map(|id| self.edges_path(id)).collect();
-        keep.extend(layers.iter().filter_map(|layer| Digest::parse(layer).ok()).map(|layer| self.layer_path(&layer)));
+        if !broken.is_empty() {
+            self.database.remove(&broken.into_keys().collect::<Vec<_>>()).map_err(database_error("written"))?;
+        }
+        let mut keep: BTreeSet<PathBuf> = contents.images.keys().map(|id| self.disk_path(id)).collect();
+        keep.extend(contents.images.values().flat_map(Record::diff_ids).map(|layer| self.layer_path(&layer)));
         for directory in ["layers", "images", "tmp"] {
             let directory = self.config.root.join(directory);
             for entry in fs::read_dir(&directory).map_err(io_error(&directory, "read"))? {
@@ -316,16 +308,6 @@ impl Inner {
         }
         Ok(())
     }
-}
-
-/// A GUID that follows from a digest.
-fn guid(digest: &Digest) -> [u8; 16] {
-    let mut guid = [0; 16];
-    for (byte, digits) in guid.iter_mut().zip(digest.hex().as_bytes().chunks(2)) {
-        let text = std::str::from_utf8(digits).expect("a digest's digits are ASCII");
-        *byte = u8::from_str_radix(text, 16).expect("a digest's digits are hexadecimal");
-    }
-    guid
 }
 
 /// What is wrong with the numbers in the configuration.

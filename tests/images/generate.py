@@ -208,6 +208,16 @@ def hostile_images(layout, busybox):
     layout.image("bad-truncated", [busybox, cut], diff_ids=None)
 
 
+def deep_layer(number):
+    """One of many: a file of its own, one that all have, and what the one before had is removed."""
+    layer = Layer("gzip")
+    layer.file(f"deep/{number:03}", f"{number}\n")
+    layer.file("deep/last", f"{number}\n")
+    if number % 2:
+        layer.whiteout(f"deep/{number - 1:03}")
+    return layer
+
+
 def main():
     out, packages = sys.argv[1], Packages(sys.argv[2:])
     layout = Layout(out)
@@ -237,6 +247,8 @@ def main():
     below.dir("data/private", mode=0o700, uid=1000, gid=1000)
     above.file("data/private/new", "new\n")
     layout.image("implicit-parent", [busybox, below, above], {"Cmd": ["sh"]})
+
+    layout.image("deep", [busybox, *map(deep_layer, range(126))], {"Cmd": ["sh"]})
 
     critest_images(layout, packages, busybox, library)
     user_images(layout, busybox)

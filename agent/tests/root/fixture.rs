@@ -82,7 +82,7 @@ impl Fixture {
             ..ConfigurePodRequest::default()
         };
         fixture.client.configure_pod(request).await.unwrap();
-        fixture.client.attach_disk(AttachDiskRequest { id: DISK.into(), layers: 2 }).await.unwrap();
+        fixture.client.attach_disk(AttachDiskRequest { id: DISK.into(), image: true }).await.unwrap();
         fixture
     }
 
@@ -247,31 +247,19 @@ pub fn request(script: &str) -> CreateContainerRequest {
     }
 }
 
-/// Two layers: busybox and its links, and above it one that changes some of it.
-fn make_image(directory: &Path) {
-    let (bottom, top) = (directory.join("1"), directory.join("2"));
-    for path in ["bin", "etc", "tmp", "removed", "opaque", "srv"] {
-        fs::create_dir_all(bottom.join(path)).unwrap();
+/// Busybox and its links, and some files.
+fn make_image(image: &Path) {
+    for path in ["bin", "etc", "tmp", "srv"] {
+        fs::create_dir_all(image.join(path)).unwrap();
     }
-    fs::copy("/bin/busybox", bottom.join("bin/busybox")).expect("the package busybox-static is installed");
+    fs::copy("/bin/busybox", image.join("bin/busybox")).expect("the package busybox-static is installed");
     let list = Command::new("/bin/busybox").arg("--list").output().unwrap();
     for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox") {
-        symlink("busybox", bottom.join("bin").join(applet)).unwrap();
+        symlink("busybox", image.join("bin").join(applet)).unwrap();
     }
-    fs::write(bottom.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
-    fs::write(bottom.join("etc/group"), "root:x:0:\nweb:x:34:\ndisk:x:6:web\n").unwrap();
-    fs::write(bottom.join("removed/file"), "").unwrap();
-    fs::write(bottom.join("opaque/below"), "").unwrap();
-    fs::write(bottom.join("etc/not-executable"), "#!/bin/sh\n").unwrap();
+    fs::write(image.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
+    fs::write(image.join("etc/group"), "root:x:0:\nweb:x:34:\ndisk:x:6:web\n").unwrap();
+    fs::write(image.join("etc/not-executable"), "#!/bin/sh\n").unwrap();
     // A volume whose place is a link out of the image must stay inside.
-    symlink("/../../../../escaped", bottom.join("srv/out")).unwrap();
-
-    fs::create_dir_all(top.join("opaque")).unwrap();
-    fs::write(top.join("opaque/above"), "").unwrap();
-    let no_device = rustix::fs::makedev(0, 0);
-    let whiteout = top.join("removed");
-    let kind = rustix::fs::FileType::CharacterDevice;
-    rustix::fs::mknodat(rustix::fs::CWD, &whiteout, kind, rustix::fs::Mode::empty(), no_device).unwrap();
-    let flags = rustix::fs::XattrFlags::empty();
-    rustix::fs::setxattr(top.join("opaque"), "trusted.overlay.opaque", b"y", flags).unwrap();
+    symlink("/../../../../escaped", image.join("srv/out")).unwrap();
 }

@@ -8,10 +8,12 @@ use isopod_proto::agent::{
 use crate::fixture::{fixture, new_id, request};
 
 #[tokio::test]
-async fn root_layers_are_merged_with_their_whiteouts() {
+async fn root_what_a_container_changes_is_its_own() {
     let Some(mut fixture) = fixture().await else { return };
-    let (_, output) = fixture.complete("ls -d /removed; ls /opaque").await;
-    assert_eq!(output, "above\n");
+    let (_, output) = fixture.complete("rm /etc/group; echo >> /etc/passwd; rm -r /tmp; ls /etc").await;
+    assert!(!output.contains("group"), "{output}");
+    let (_, output) = fixture.complete("ls -d /etc/group /tmp; wc -l < /etc/passwd").await;
+    assert_eq!(output, "/etc/group\n/tmp\n2\n");
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ impl Driver {
         // Until the volume is made, it is taken out as what no container has.
         self.disks.insert(disk.clone());
         let mut client = self.up()?.guest.client();
-        let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), layers: 0 });
+        let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: false });
         match self.call("AttachDisk", LONG, answer).await {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                 Err(SandboxError::Guest { doing: "the guest does not find a volume's disk", source: error })

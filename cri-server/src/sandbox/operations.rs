@@ -184,7 +184,7 @@ impl Driver {
         let plugged = vmm::add_disk(up.vm.directory(), &id, true, files).await;
         plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give the image to the VM", source })?;
         let mut client = up.guest.client();
-        let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), layers: disk.layers });
+        let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), image: true });
         match self.call("AttachDisk", LONG, answer).await {
             Ok(_) => {
                 self.disks.insert(id);

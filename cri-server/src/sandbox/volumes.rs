@@ -95,7 +95,7 @@ impl Driver {
                 // From here on it is taken out when no container has it.
                 self.disks.insert(disk.clone());
                 let mut client = self.up()?.guest.client();
-                let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), layers: 0 });
+                let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: false });
                 let attached = self.call("AttachDisk", LONG, answer).await;
                 attached.map_err(|source| SandboxError::Guest { doing: "the guest does not find a device", source })?;
                 (agent::device::Source::Disk(disk.to_string()), node)

@@ -2,6 +2,9 @@
 
 /// Bytes of a block.
 pub(crate) const BLOCK_SIZE: usize = 4096;
+/// What the length of every file system's file is a multiple of, in bytes: what one block of a dm-verity tree covers, 128 hashes
+/// of 32 bytes, so that files can follow each other on a disk and each has hash blocks of its own.
+pub(crate) const ALIGNMENT: u64 = 128 * BLOCK_SIZE as u64;
 /// Bytes of an inode's slot; an inode's number (nid) is its offset in the metadata area in slots.
 pub(super) const SLOT: u64 = 32;
 /// Bytes of `struct erofs_inode_extended`.
@@ -60,6 +63,28 @@ pub(super) struct InodeFields {
 }
 
 impl InodeFields {
+    /// The fields in `bytes`. `None`: an inode that this module does not write.
+    pub(super) fn decode(bytes: &[u8; INODE_SIZE]) -> Option<Self> {
+        let format = u16_at(bytes, 0);
+        let xattr_bytes = match usize::from(u16_at(bytes, 2)) {
+            0 => 0,
+            count => XATTR_HEADER + (count - 1) * 4,
+        };
+        matches!(format, FLAT_PLAIN | FLAT_INLINE).then(|| Self {
+            format,
+            xattr_bytes,
+            mode: u16_at(bytes, 4),
+            size: u64_at(bytes, 8),
+            union: u32_at(bytes, 16),
+            ino: u32_at(bytes, 20),
+            uid: u32_at(bytes, 24),
+            gid: u32_at(bytes, 28),
+            mtime: u64_at(bytes, 32).cast_signed(),
+            mtime_nanos: u32_at(bytes, 40),
+            nlink: u32_at(bytes, 44),
+        })
+    }
+
     /// `struct erofs_inode_extended`.
     pub(super) fn encode(&self) -> [u8; INODE_SIZE] {
         let mut bytes = [0; INODE_SIZE];
@@ -110,6 +135,24 @@ pub(super) fn encode_xattrs(xattrs: &[Xattr]) -> Vec<u8> {
     bytes
 }
 
+/// What [`encode_xattrs`] has encoded. `None`: something else.
+pub(super) fn decode_xattrs(bytes: &[u8]) -> Option<Vec<Xattr>> {
+    let mut xattrs = Vec::new();
+    let mut rest = match bytes {
+        [] => bytes,
+        _ => bytes.get(XATTR_HEADER..)?,
+    };
+    while !rest.is_empty() {
+        let [name_length, index, low, high] = *rest.first_chunk()?;
+        let name_end = 4 + usize::from(name_length);
+        let value_end = name_end + usize::from(u16::from_le_bytes([low, high]));
+        let (name, value) = (rest.get(4..name_end)?, rest.get(name_end..value_end)?);
+        xattrs.push(Xattr { index, name: name.into(), value: value.into() });
+        rest = rest.get(value_end.next_multiple_of(4)..)?;
+    }
+    Some(xattrs)
+}
+
 /// Splits the names of a directory, sorted and with the dots, into blocks: how many names each holds, and how many bytes of
 /// the last one are used.
 pub(super) fn split_directory<'a>(names: impl Iterator<Item = &'a [u8]>) -> (Vec<usize>, usize) {
@@ -144,6 +187,37 @@ pub(super) fn encode_dirents(entries: &[(&[u8], u64, u8)]) -> Vec<u8> {
     bytes
 }
 
+/// The names and inode numbers in one block of a directory, dots included. `None`: it is no such block.
+pub(super) fn decode_dirents(block: &[u8]) -> Option<Vec<(&[u8], u64)>> {
+    let offset = |index: usize| Some(usize::from(u16_at(block.get(index * DIRENT_SIZE..)?.first_chunk::<10>()?, 8)));
+    let first = offset(0)?;
+    if first == 0 || !first.is_multiple_of(DIRENT_SIZE) {
+        return None;
+    }
+    let count = first / DIRENT_SIZE;
+    let mut entries = Vec::with_capacity(count);
+    for index in 0..count {
+        let nid = u64_at(block.get(index * DIRENT_SIZE..)?.first_chunk::<8>()?, 0);
+        let end = if index + 1 < count { offset(index + 1)? } else { block.len() };
+        let name = block.get(offset(index)?..end)?;
+        // The last name of a block that is not the directory's last ends with the first NUL, or the block.
+        entries.push((name.split(|byte| *byte == 0).next()?, nid));
+    }
+    Some(entries)
+}
+
+fn u16_at<const N: usize>(bytes: &[u8; N], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|index| bytes[at + index]))
+}
+
+fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|index| bytes[at + index]))
+}
+
 /// The fields of the superblock that differ.
 pub(super) struct Superblock {
     pub root_nid: u16,
@@ -166,11 +240,38 @@ impl Superblock {
         bytes[36..40].copy_from_slice(&self.blocks.to_le_bytes());
         bytes[40..44].copy_from_slice(&self.meta_block.to_le_bytes());
         bytes[48..64].copy_from_slice(&self.uuid);
-        // The kernel's crc32c is seeded with all ones and not inverted at the end.
-        let checksum = !crc32c::crc32c(bytes);
+        let checksum = checksum(bytes);
         bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
         block
     }
+
+    /// The superblock in block 0. `None`: none that this module has written.
+    pub(super) fn decode(block: &[u8; BLOCK_SIZE]) -> Option<Self> {
+        let mut block = *block;
+        let stored = u32_at(&block, SUPERBLOCK_OFFSET + 4);
+        let bytes = &mut block[SUPERBLOCK_OFFSET..];
+        bytes[4..8].fill(0);
+        let sum = checksum(bytes);
+        let bytes = bytes.first_chunk::<128>()?;
+        let ours = u32_at(bytes, 0) == MAGIC
+            && sum == stored
+            && u32_at(bytes, 8) == FEATURE_COMPAT
+            && usize::from(bytes[12]) == BLOCK_SIZE.trailing_zeros() as usize
+            // No incompatible features.
+            && u32_at(bytes, 80) == 0;
+        ours.then(|| Self {
+            root_nid: u16_at(bytes, 14),
+            inodes: u64_at(bytes, 16),
+            blocks: u32_at(bytes, 36),
+            meta_block: u32_at(bytes, 40),
+            uuid: std::array::from_fn(|index| bytes[48 + index]),
+        })
+    }
+}
+
+/// The kernel's crc32c, which is seeded with all ones and not inverted at the end.
+fn checksum(bytes: &[u8]) -> u32 {
+    !crc32c::crc32c(bytes)
 }
 
 #[cfg(test)]

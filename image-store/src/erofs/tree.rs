@@ -44,12 +44,17 @@ pub(super) struct Inode {
     pub content: Content,
 }
 
+/// The names in a directory.
+pub(super) type Entries = BTreeMap<Box<[u8]>, InodeId>;
+
 #[derive(Debug)]
 pub(super) enum Content {
     Directory {
-        entries: BTreeMap<Box<[u8]>, InodeId>,
+        entries: Entries,
         /// Hides what lower layers have in it (`trusted.overlay.opaque`).
         opaque: bool,
+        /// No entry is about it, only about what is in it: a lower layer's attributes stay ([`IMPLIED`]).
+        implied: bool,
     },
     File(FileType),
 }
@@ -77,7 +82,12 @@ pub(crate) struct Tree {
 pub(super) const ROOT: InodeId = InodeId(0);
 
 /// How a whiteout looks to overlayfs: a character device 0, 0.
-const WHITEOUT: FileType = FileType::CharDevice(0, 0);
+pub(super) const WHITEOUT: FileType = FileType::CharDevice(0, 0);
+
+/// The mark of a directory that hides what lower layers have in it: overlayfs's own.
+pub(super) const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+/// The mark of a directory that no entry of its layer is about. Ours; a tar's attributes of this prefix are left out.
+pub(super) const IMPLIED: &[u8] = b"trusted.overlay.implied";
 
 impl Tree {
     pub(crate) fn new() -> Self {
@@ -94,6 +104,9 @@ impl Tree {
             }
         };
         self.inodes[id.0].attributes = attributes;
+        if let Content::Directory { implied, .. } = &mut self.inodes[id.0].content {
+            *implied = false;
+        }
         Ok(())
     }
 
@@ -137,15 +150,17 @@ impl Tree {
                 // Not a device of the image: overlayfs looks at the type alone.
                 self.inodes[id.0].attributes.mode = 0;
             }
-            Some(id) => self.make_opaque(id),
+            Some(id) => self.make_new(id),
         }
         Ok(())
     }
 
-    /// Hides what lower layers have in the directory at `path`.
+    /// Hides what lower layers have in the directory at `path`, whose attributes stay theirs unless an entry is about it.
     pub(crate) fn add_opaque(&mut self, path: &[&[u8]]) -> Result<(), PathError> {
         let id = self.parent(path)?;
-        self.make_opaque(id);
+        if let Content::Directory { opaque, .. } = &mut self.inodes[id.0].content {
+            *opaque = true;
+        }
         Ok(())
     }
 
@@ -169,35 +184,36 @@ impl Tree {
     /// The directory `name` in `parent`, made if it is not there, or if it is a whiteout, or, if `replace`, any file.
     fn child_directory(&mut self, parent: InodeId, name: &[u8], replace: bool) -> Result<InodeId, PathError> {
         let existing = self.entries_mut(parent).get(name).copied();
-        let mut opaque = false;
+        let mut hidden = false;
         if let Some(id) = existing {
             match &self.inodes[id.0].content {
                 Content::Directory { .. } => return Ok(id),
-                Content::File(WHITEOUT) => opaque = true,
+                Content::File(WHITEOUT) => hidden = true,
                 Content::File(_) if replace => {}
                 Content::File(_) => return Err(PathError::ParentNotDirectory),
             }
         }
         let id = self.push(Inode::implicit_directory());
-        if opaque {
-            self.make_opaque(id);
+        if hidden {
+            self.make_new(id);
         }
         self.entries_mut(parent).insert(name.into(), id);
         Ok(id)
     }
 
-    fn make_opaque(&mut self, id: InodeId) {
-        if let Content::Directory { opaque, .. } = &mut self.inodes[id.0].content {
-            *opaque = true;
+    /// Makes a directory one that has nothing of what lower layers have at its path.
+    fn make_new(&mut self, id: InodeId) {
+        if let Content::Directory { opaque, implied, .. } = &mut self.inodes[id.0].content {
+            (*opaque, *implied) = (true, false);
         }
     }
 
-    fn push(&mut self, inode: Inode) -> InodeId {
+    pub(super) fn push(&mut self, inode: Inode) -> InodeId {
         self.inodes.push(inode);
         InodeId(self.inodes.len() - 1)
     }
 
-    fn entries_mut(&mut self, id: InodeId) -> &mut BTreeMap<Box<[u8]>, InodeId> {
+    pub(super) fn entries_mut(&mut self, id: InodeId) -> &mut Entries {
         match &mut self.inodes[id.0].content {
             Content::Directory { entries, .. } => entries,
             Content::File(_) => unreachable!("only ids of directories come here"),
@@ -208,15 +224,18 @@ impl Tree {
 impl Inode {
     fn implicit_directory() -> Self {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
-        Self { attributes, content: Content::Directory { entries: BTreeMap::new(), opaque: false } }
+        let content = Content::Directory { entries: Entries::new(), opaque: false, implied: true };
+        Self { attributes, content }
     }
 
-    /// The attributes that are written: the entry's own, and the mark of an opaque directory.
+    /// The attributes that are written: the entry's own, and a directory's marks.
     pub(super) fn xattrs(&self) -> Vec<Xattr> {
         let mut xattrs = self.attributes.xattrs.clone();
-        if matches!(self.content, Content::Directory { opaque: true, .. }) {
-            let (index, name) = super::xattr_prefix(b"trusted.overlay.opaque").expect("trusted. is a known prefix");
-            xattrs.push(Xattr { index, name: name.into(), value: b"y"[..].into() });
+        if let Content::Directory { opaque, implied, .. } = self.content {
+            for mark in [opaque.then_some(OPAQUE), implied.then_some(IMPLIED)].into_iter().flatten() {
+                let (index, name) = super::xattr_prefix(mark).expect("trusted. is a known prefix");
+                xattrs.push(Xattr { index, name: name.into(), value: b"y"[..].into() });
+            }
         }
         xattrs
     }

@@ -5,14 +5,23 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
 use super::format::{
-    BLOCK_SIZE, FLAT_INLINE, FLAT_PLAIN, INODE_SIZE, InodeFields, SLOT, Superblock, encode_dirents, encode_xattrs,
-    split_directory, xattr_size,
+    ALIGNMENT, BLOCK_SIZE, FLAT_INLINE, FLAT_PLAIN, INODE_SIZE, InodeFields, SLOT, Superblock, encode_dirents,
+    encode_xattrs, split_directory, xattr_size,
 };
 use super::tree::{Content, FileType, Inode, InodeId, ROOT, Tree};
 
 /// The first slot that an inode may have. Not 0, which some programs take for "no inode".
 const FIRST_NID: u64 = 2;
 const DIRECTORY_TYPE: u8 = 2;
+
+/// Where the data of the files in a tree are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// They were written to the same file, and their blocks are its.
+    Own,
+    /// So many blocks that follow the file on its disk, from which the tree's blocks are counted.
+    Behind(u32),
+}
 
 /// Writes one file system to a new file.
 pub(crate) struct ErofsWriter {
@@ -45,10 +54,11 @@ impl ErofsWriter {
         self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))
     }
 
-    /// Writes the metadata of `tree` and the superblock. Gives the file, complete but not synced, and its size.
-    pub(crate) fn finish(mut self, tree: &Tree, uuid: [u8; 16]) -> io::Result<(File, u64)> {
+    /// Writes the metadata of `tree` and the superblock. Gives the file, complete but not synced, and the bytes in it. It is
+    /// longer by a hole that makes it a multiple of [`ALIGNMENT`].
+    pub(crate) fn finish(mut self, tree: &Tree, uuid: [u8; 16], data: Data) -> io::Result<(File, u64)> {
         let meta_block = block_number(self.position)?;
-        let layout = Layout::new(tree, self.position)?;
+        let layout = Layout::new(tree, self.position, data)?;
         let start = self.position;
         for (index, id) in layout.order.iter().enumerate() {
             let place = layout.place(*id);
@@ -62,12 +72,13 @@ impl ErofsWriter {
         let superblock = Superblock {
             root_nid: u16::try_from(layout.place(ROOT).nid).expect("the root is in the first two blocks"),
             inodes: layout.order.len() as u64,
-            blocks: block_number(self.position)?,
+            blocks: layout.blocks,
             meta_block,
             uuid,
         };
         let file = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.write_all_at(&superblock.encode(), 0)?;
+        file.set_len(self.position.next_multiple_of(ALIGNMENT))?;
         Ok((file, self.position))
     }
 
@@ -77,7 +88,9 @@ impl ErofsWriter {
         let xattrs = encode_xattrs(&inode.xattrs());
         let (type_bits, union) = match &inode.content {
             Content::Directory { .. } => (0o040_000, place.first_block),
-            Content::File(file @ FileType::Regular { first_block, .. }) => (file.mode_bits(), *first_block),
+            Content::File(file @ FileType::Regular { first_block, size }) => {
+                (file.mode_bits(), if *size > 0 { first_block + layout.data_base } else { 0 })
+            }
             Content::File(file @ FileType::Symlink(_)) => (file.mode_bits(), place.first_block),
             Content::File(file) => (file.mode_bits(), file.device_number()),
         };
@@ -153,6 +166,10 @@ struct Layout {
     parents: Vec<InodeId>,
     /// Bytes of the metadata area, in whole blocks.
     metadata_bytes: u64,
+    /// The block of the disk that the tree's data are counted from.
+    data_base: u32,
+    /// Blocks of the disk.
+    blocks: u32,
 }
 
 #[derive(Clone)]
@@ -168,10 +185,16 @@ struct Place {
 
 impl Layout {
     /// The layout of `tree` with the metadata area at byte `start`.
-    fn new(tree: &Tree, start: u64) -> io::Result<Self> {
+    fn new(tree: &Tree, start: u64, data: Data) -> io::Result<Self> {
         let count = tree.inodes.len();
-        let mut layout =
-            Self { order: Vec::new(), places: vec![None; count], parents: vec![ROOT; count], metadata_bytes: 0 };
+        let mut layout = Self {
+            order: Vec::new(),
+            places: vec![None; count],
+            parents: vec![ROOT; count],
+            metadata_bytes: 0,
+            data_base: 0,
+            blocks: 0,
+        };
         layout.order.push(ROOT);
         let mut position = FIRST_NID * SLOT;
         layout.places[ROOT.0] = Some(layout.place_inode(&tree.inodes[ROOT.0], &mut position));
@@ -204,6 +227,13 @@ impl Layout {
                 block = block.checked_add(place.blocks).ok_or_else(too_large)?;
             }
         }
+        (layout.data_base, layout.blocks) = match data {
+            Data::Own => (0, block),
+            Data::Behind(blocks) => {
+                let base = block_number((u64::from(block) * BLOCK_SIZE as u64).next_multiple_of(ALIGNMENT))?;
+                (base, base.checked_add(blocks).ok_or_else(too_large)?)
+            }
+        };
         Ok(layout)
     }
 

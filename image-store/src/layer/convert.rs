@@ -6,7 +6,7 @@ use std::io::Read;
 use super::LayerError;
 use super::archive::{TarEntry, TarKind, TarReader};
 use crate::config::Limits;
-use crate::erofs::{Attributes, ErofsWriter, FileType, PathError, Tree, Xattr, xattr_prefix};
+use crate::erofs::{Attributes, Data, ErofsWriter, FileType, PathError, Tree, Xattr, xattr_prefix};
 
 /// Most bytes of a name in a directory, and of a symbolic link's target, in Linux.
 const NAME_MAX: usize = 255;
@@ -55,7 +55,7 @@ pub(super) fn convert<R: Read>(
     let mut input = archive.into_inner();
     while input.read(&mut buffer).map_err(|source| LayerError::Input { source })? > 0 {}
     let uuid = uuid(input)?;
-    let (file, size) = writer.finish(&tree, uuid).map_err(|source| LayerError::Write { source })?;
+    let (file, size) = writer.finish(&tree, uuid, Data::Own).map_err(|source| LayerError::Write { source })?;
     Ok(Converted { file, size, entries })
 }
 
@@ -182,7 +182,7 @@ impl<R: Read> Conversion<'_, R> {
         let mut xattrs = Vec::new();
         let mut bytes = 0;
         for (name, value) in &entry.xattrs {
-            // overlayfs's own marks say what a directory hides or where a file's data are: a tar has whiteouts for that.
+            // overlayfs's marks, and ours, say what a directory hides or where a file's data are: a tar has whiteouts for that.
             if name.starts_with(b"trusted.overlay.") {
                 continue;
             }

@@ -24,6 +24,17 @@ pub(super) struct Record {
     pub config: StoredConfig,
 }
 
+impl Record {
+    fn is_sound(&self) -> bool {
+        self.layers.iter().all(|layer| Digest::parse(layer).is_ok())
+    }
+
+    /// The diff ids as digests, which all of them are.
+    pub(super) fn diff_ids(&self) -> Vec<Digest> {
+        self.layers.iter().filter_map(|layer| Digest::parse(layer).ok()).collect()
+    }
+}
+
 /// [`ImageConfig`] as it is stored.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -68,7 +79,7 @@ impl ImageDatabase {
         for row in transaction.open_table(IMAGES)?.iter()? {
             let (key, value) = row?;
             match (Digest::parse(key.value()), serde_json::from_slice(value.value())) {
-                (Ok(id), Ok(record)) => drop(contents.images.insert(id, record)),
+                (Ok(id), Ok(record)) if Record::is_sound(&record) => drop(contents.images.insert(id, record)),
                 _ => tracing::warn!(image = key.value(), "the record of an image cannot be read"),
             }
         }

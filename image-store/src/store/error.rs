@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use isopod_proto::ErrorKind;
 
 use super::files::VERSION;
+use crate::digest::ImageId;
+use crate::merge::MergeError;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,15 @@ pub enum StoreError {
         #[source]
         source: Box<redb::Error>,
     },
+    /// The layers of an image do not make a file system.
+    #[error("the layers of image {image} cannot be merged")]
+    Merge {
+        /// Its id.
+        image: ImageId,
+        /// Why.
+        #[source]
+        source: MergeError,
+    },
     /// A file failed.
     #[error("image store: {path} cannot be {verb}")]
     Io {
@@ -117,6 +128,7 @@ impl StoreError {
                 redb::Error::Corrupted(_) => ErrorKind::Corrupt,
                 _ => ErrorKind::Internal,
             },
+            Self::Merge { source, .. } => source.kind(),
             Self::Io { source, .. } if crate::layer::is_disk_full(source) => ErrorKind::ResourceExhausted,
             Self::Io { .. } => ErrorKind::Internal,
         }

@@ -1,6 +1,7 @@
 //! What the tests share: tars, images, and a registry that misbehaves as told.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; unwrap is how a test fails")]
 
+pub mod layers;
 pub mod registry;
 
 use std::io::Write;

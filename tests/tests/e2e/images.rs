@@ -54,6 +54,34 @@ async fn the_guest_sees_exactly_what_the_layers_hold() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn an_image_of_127_layers_is_one_disk_and_one_mount() -> anyhow::Result<()> {
+    let pod = TestPod::run("deep").await?;
+    let start = async |name: &str| {
+        let image = format!("docker.io/isopod/{name}:latest");
+        pod.cri.pull(&image).await?;
+        let mut config = shell(name, "sleep 1000");
+        config.image.get_or_insert_default().image = image;
+        pod.start(config).await
+    };
+    let container = start("deep").await?;
+    assert_eq!(container.sh("ls /deep | wc -l; cat /deep/last /deep/001").await?, "64\n125\n1\n");
+    assert_eq!(container.sh("ls -d /deep/000 /deep/124 2>/dev/null | wc -l").await?, "0\n");
+    // The scratch disk, and the image; the overlay has that alone below it.
+    assert_eq!(
+        container.sh("ls /sys/block | grep -c ^vd; ls -d /sys/block/vd*/vd* 2>/dev/null | wc -l").await?,
+        "2\n0\n"
+    );
+    let root = container.sh("grep ' / overlay' /proc/self/mounts").await?;
+    assert_eq!(root.matches("lowerdir").count(), 1, "{root}");
+
+    // A directory that a layer only implies is what the layer below says.
+    let container = start("implicit-parent").await?;
+    assert_eq!(container.sh("stat -c '%a %u %g' /data/private; cat /data/private/new").await?, "700 1000 1000\nnew\n");
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_image_from_pull_to_remove() -> anyhow::Result<()> {
     let cri = Cri::shared().await?;
     // Nobody else uses this one.
@@ -137,8 +165,8 @@ async fn every_layer_in_the_store_is_accepted_by_fsck_erofs() -> anyhow::Result<
         assert!(result.status.success(), "{path}: {}", String::from_utf8_lossy(&result.stderr));
         checked += 1;
     }
-    // busybox, the libraries, getfattr, nginx, and the five layers of multi.
-    assert_eq!(checked, 9);
+    // busybox, the libraries, getfattr, nginx, and the five layers of multi; and the metadata of the three images.
+    assert_eq!(checked, 9 + 3);
     Ok(())
 }
 

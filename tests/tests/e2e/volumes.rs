@@ -255,7 +255,7 @@ async fn images_are_volumes_and_block_devices_are_devices() -> anyhow::Result<()
     ];
     let container = pod.start(config).await?;
 
-    // All layers together, and nothing to write.
+    // As in a container, but nothing to write.
     assert_eq!(
         container.sh("/busybox/bin/busybox echo run; cat /multi/keep; ls /multi/removed 2>&1 | wc -l").await?,
         "run\nkept\n1\n"
