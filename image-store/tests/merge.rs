@@ -90,7 +90,10 @@ fn a_directory_that_is_implied_keeps_what_a_lower_layer_says_of_it() {
         header.set_path("private").unwrap();
         header.set_entry_type(tar::EntryType::Directory);
         header.set_mode(mode);
-        (header.set_uid(7), header.set_gid(8), header.set_mtime(9), header.set_size(0));
+        header.set_uid(7);
+        header.set_gid(8);
+        header.set_mtime(9);
+        header.set_size(0);
         header.set_cksum();
         [&header.as_bytes()[..], &[0; 1024]].concat()
     };

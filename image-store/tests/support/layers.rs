@@ -348,9 +348,12 @@ pub fn entries_strategy() -> impl Strategy<Value = Vec<Entry>> {
     prop_oneof![4 => prop::collection::vec(entry.clone(), 0..40), 1 => prop::collection::vec(entry, 200..400)]
 }
 
-/// What the layers show one over the other: a second, naive description. Identities are those of a layer, and its number.
-pub fn stack(layers: &[Model]) -> (Node, BTreeMap<Vec<u8>, (Node, (usize, u64))>) {
-    let mut tree: BTreeMap<Vec<u8>, (Node, (usize, u64))> = BTreeMap::new();
+/// As [`Tree`]; the identities are a layer's number and that in it.
+pub type Stacked = BTreeMap<Vec<u8>, (Node, (usize, u64))>;
+
+/// What the layers show one over the other, the root first: a second, naive description.
+pub fn stack(layers: &[Model]) -> (Node, Stacked) {
+    let mut tree = Stacked::new();
     let mut root = plain();
     for (number, layer) in layers.iter().enumerate() {
         let below = |path: &[u8]| [path, b"/"].concat();
