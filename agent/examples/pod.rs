@@ -1,6 +1,7 @@
-//! Drives the agent of a running VM through one pod, for looking into a guest by hand: `pod VSOCK SCRATCH IMAGE COMMAND...`
+//! Drives the agent of a running VM through one pod, for looking into a guest by hand: `pod VSOCK SCRATCH IMAGE BLOCKS ROOT COMMAND...`
 //! configures the pod with the scratch disk, attaches the image disk, runs the command in a container, prints its output
-//! and end, and powers the guest off. VSOCK is the VMM's socket; SCRATCH ("" for none) and IMAGE are serials of disks.
+//! and end, and powers the guest off. VSOCK is the VMM's socket; SCRATCH ("" for none) and IMAGE are serials of disks;
+//! BLOCKS and ROOT are the image's blocks of data and root hash.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -9,7 +10,8 @@ use hyper_util::rt::TokioIo;
 use isopod_proto::agent::agent_client::AgentClient;
 use isopod_proto::agent::{
     AttachDiskRequest, ConfigurePodRequest, CreateContainerRequest, PidMode, Process, RemoveContainerRequest,
-    ShutdownRequest, StartContainerRequest, StatsRequest, StreamKind, StreamOpen, StreamOpened, WaitProcessRequest,
+    ShutdownRequest, StartContainerRequest, StatsRequest, StreamKind, StreamOpen, StreamOpened, Verity,
+    WaitProcessRequest,
 };
 use isopod_proto::{AGENT_RPC_PORT, AGENT_STREAM_PORT, MAX_STREAM_HEADER, decode_frame, encode_frame};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -21,7 +23,9 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Outcome<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [vsock, scratch, image, command @ ..] = &arguments[..] else { return Err("see the source".into()) };
+    let [vsock, scratch, image, blocks, root, command @ ..] = &arguments[..] else {
+        return Err("see the source".into());
+    };
     let socket = PathBuf::from(vsock);
     let path = socket.clone();
     let connector = tower::service_fn(move |_| {
@@ -43,7 +47,10 @@ async fn main() -> Outcome<()> {
     };
     client.configure_pod(pod).await?;
     say("configured");
-    client.attach_disk(AttachDiskRequest { id: image.clone(), image: true }).await?;
+    let digit = |index: usize| root.get(index..index + 2).ok_or("ROOT is not hexadecimal digits");
+    let bytes = (0..root.len()).step_by(2).map(|index| Ok(u8::from_str_radix(digit(index)?, 16)?));
+    let verity = Verity { root_hash: bytes.collect::<Outcome<_>>()?, data_blocks: blocks.parse()? };
+    client.attach_disk(AttachDiskRequest { id: image.clone(), image: Some(verity) }).await?;
     say("image attached");
     let id = "a".repeat(64);
     let process = Process { args: command.to_vec(), env: vec![b"PATH=/bin:/usr/bin".to_vec()], ..Process::default() };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use isopod_proto::agent::{
     ConfigurePodRequest, CreateContainerRequest, ExecRequest, MakeVolumeRequest, PidMode, ResolvedUser, SignalRequest,
-    StatsRequest, StatsResponse, UpdateContainerRequest, UpdatePodRequest, make_volume_request, mount,
+    StatsRequest, StatsResponse, UpdateContainerRequest, UpdatePodRequest, Verity, make_volume_request, mount,
 };
 use isopod_proto::{ErrorKind, ObjectId};
 use parking_lot::Mutex;
@@ -92,7 +92,7 @@ impl Agent {
     }
 
     /// Waits for a disk, and mounts it if it is an image.
-    pub async fn attach_disk(&self, id: &str, image: bool) -> Result<()> {
+    pub async fn attach_disk(&self, id: &str, image: Option<Verity>) -> Result<()> {
         self.disks.attach(id, image).await
     }
 

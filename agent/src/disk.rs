@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use isopod_proto::agent::Verity;
 use isopod_proto::{DiskId, ErrorKind};
 use parking_lot::Mutex;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::agent::blocking;
+use crate::device_mapper;
 use crate::error::{Context as _, Error, Result};
 use crate::layout::Layout;
 
@@ -54,7 +56,7 @@ impl Disks {
     }
 
     /// Waits for the disk, and mounts it if it is an image.
-    pub async fn attach(&self, id: &str, image: bool) -> Result<()> {
+    pub async fn attach(&self, id: &str, image: Option<Verity>) -> Result<()> {
         let id = checked(id)?;
         {
             let mut disks = self.disks.lock();
@@ -67,13 +69,16 @@ impl Disks {
         let result = blocking(move || {
             if source == DiskSource::Directories {
                 check_directory(&layout, &name)?;
-                return Ok(Attached { device: String::new(), image });
+                return Ok(Attached { device: String::new(), image: image.is_some() });
             }
             let device = find_device(&name)?;
-            if image {
-                mount_image(&layout, &name, &device).inspect_err(|_| unmount_image(&layout, &name))?;
+            if let Some(verity) = &image {
+                mount_image(&layout, &name, &device, verity).inspect_err(|_| {
+                    // The VMM takes the disk away now; another one may come under its name.
+                    let _ = remove_function(&device);
+                })?;
             }
-            Ok(Attached { device, image })
+            Ok(Attached { device, image: image.is_some() })
         })
         .await;
         let mut disks = self.disks.lock();
@@ -109,7 +114,7 @@ impl Disks {
                 return Ok(());
             }
             if attached.image {
-                unmount_image(&layout, &name);
+                unmount_image(&layout, &name)?;
             }
             remove_function(&attached.device)
         })
@@ -141,7 +146,7 @@ impl Disks {
 
     /// Mounts the disk as the pod's ext4 scratch file system.
     pub async fn mount_scratch(&self, id: &str) -> Result<()> {
-        self.attach(id, false).await?;
+        self.attach(id, None).await?;
         let device = match self.disks.lock().get(id) {
             Some(Slot::Attached(attached)) => PathBuf::from("/dev").join(&attached.device),
             _ => return Err(busy(id)),
@@ -211,21 +216,30 @@ fn poll<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     }
 }
 
-fn mount_image(layout: &Layout, id: &str, device: &str) -> Result<()> {
-    let (source, target) = (Path::new("/dev").join(device), layout.disk(id));
-    let text = || format!("mount the image on disk {id} (EROFS on {})", source.display());
-    fs::create_dir_all(&target).context(text)?;
-    rustix::mount::mount(&source, &target, "erofs", MountFlags::RDONLY | MountFlags::NODEV, None)
-        .context(text)
-        .map_err(|error| error.with_kind(ErrorKind::Corrupt))
+/// Mounts an image through dm-verity; if that fails, neither is left.
+fn mount_image(layout: &Layout, id: &str, device: &str, verity: &Verity) -> Result<()> {
+    let source = device_mapper::open_verity(id, device, verity)?;
+    let target = layout.disk(id);
+    let text = || format!("mount the image on disk {id} (EROFS on {}, verified)", source.display());
+    let made = fs::create_dir_all(&target).context(text);
+    let mounted = made.and_then(|()| {
+        rustix::mount::mount(&source, &target, "erofs", MountFlags::RDONLY | MountFlags::NODEV, None)
+            .context(text)
+            .map_err(|error| error.with_kind(ErrorKind::Corrupt))
+    });
+    mounted.inspect_err(|_| {
+        // The first error is the one to be told.
+        let _ = unmount_image(layout, id);
+    })
 }
 
 /// Detaches what is mounted; a container that still uses it keeps it until its own end.
-fn unmount_image(layout: &Layout, id: &str) {
+fn unmount_image(layout: &Layout, id: &str) -> Result<()> {
     let path = layout.disk(id);
     // After a failed mount it is not there.
     let _ = rustix::mount::unmount(&path, UnmountFlags::DETACH);
     let _ = fs::remove_dir(path);
+    device_mapper::close(id)
 }
 
 /// Removes the PCI function that the block device belongs to: /sys/block/X is .../<function>/virtioN/block/X.

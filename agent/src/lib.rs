@@ -14,6 +14,7 @@ mod cgroup;
 mod console;
 mod container;
 mod device_access;
+mod device_mapper;
 mod devices;
 mod disk;
 mod error;

@@ -109,6 +109,26 @@ fn change_mount(mount: BorrowedFd<'_>, attr: libc::mount_attr, flags: i32) -> io
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Bytes of `struct dm_ioctl`.
+pub const DM_IOCTL_SIZE: usize = 312;
+
+/// An ioctl of device-mapper, the one with number `command`. `request` begins with a `struct dm_ioctl`, which the answer overwrites.
+///
+/// # Errors
+/// `InvalidInput` if the structure does not say that `request` is as long as it is; otherwise what the kernel gives.
+pub fn device_mapper(control: BorrowedFd<'_>, command: u8, request: &mut [u8]) -> io::Result<()> {
+    /// `_IOWR(DM_IOCTL, command, struct dm_ioctl)`.
+    const GROUP: u64 = 3 << 30 | (DM_IOCTL_SIZE as u64) << 16 | 0xfd << 8;
+    let stated = request.get(12..16).and_then(|bytes| bytes.first_chunk()).map(|bytes| u32::from_ne_bytes(*bytes));
+    if request.len() < DM_IOCTL_SIZE || stated.is_none_or(|stated| stated as usize != request.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the kernel reads and writes at most as many bytes as `data_size` says, which were checked to be those of `request`,
+    // and at least a `struct dm_ioctl`, which `request` was checked to hold.
+    let result = unsafe { libc::ioctl(control.as_raw_fd(), GROUP | u64::from(command), request.as_mut_ptr()) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Marks every descriptor from `first` on to be closed by execve.
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: close_range with CLOSE_RANGE_CLOEXEC changes flags only; no descriptor is closed under its owner.

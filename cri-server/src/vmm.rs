@@ -23,7 +23,7 @@ use isopod_proto::ErrorKind;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use control::exchange;
-pub use control::{DiskFile, add_disk, add_file_system, console, disks, remove_disk, stop};
+pub use control::{DiskContents, DiskPart, add_disk, add_file_system, console, disks, remove_disk, stop};
 pub(crate) use process::start_time;
 pub use process::{BootDisk, Configuration, Vm, VmSpec};
 pub use threads::threads;

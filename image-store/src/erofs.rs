@@ -10,12 +10,14 @@
 
 mod format;
 mod merge;
+mod output;
 mod reader;
 mod tree;
 mod writer;
 
 pub(crate) use format::{ALIGNMENT, BLOCK_SIZE, Xattr, xattr_prefix};
 pub(crate) use merge::{MergeLimits, TooMuch};
-pub(crate) use reader::{ReadError, read_tree};
+pub(crate) use output::Written;
+pub(crate) use reader::{ReadError, data_bytes, read_tree};
 pub(crate) use tree::{Attributes, FileType, PathError, Tree};
 pub(crate) use writer::{Data, ErofsWriter};

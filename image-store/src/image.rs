@@ -47,23 +47,36 @@ pub struct ImageConfig {
     pub exposed_ports: BTreeSet<String>,
 }
 
-/// An image as one disk, which is one EROFS file system: what its layers show together.
+/// An image as one disk: one EROFS file system, which shows what its layers are together, and dm-verity's hash tree of it.
 #[derive(Debug)]
 pub struct ImageDisk {
-    /// The disk's contents, one after the other: metadata, and each layer's file, bottom first. Offsets and lengths are
-    /// multiples of 512 KiB.
+    /// The files that its parts are in. They are open read-only and stay usable when the image is removed.
+    pub files: Vec<File>,
+    /// The disk's contents, one after the other.
     pub segments: Vec<DiskSegment>,
+    /// What it is verified with.
+    pub verity: Verity,
 }
 
-/// A part of a file that is a part of a disk. The file is open read-only and stays usable when the image is removed.
-#[derive(Debug)]
+/// A part of a file that is a part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskSegment {
-    /// The file.
-    pub file: File,
-    /// Where in the file the segment starts, in bytes.
+    /// Which of the disk's files.
+    pub file: usize,
+    /// Where in the file the segment starts, in bytes; a multiple of 4096.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes; a multiple of 4096.
     pub length: u64,
+}
+
+/// What a disk is verified with by dm-verity: SHA-256 without salt, blocks of 4096 bytes, version 1, the hash tree right behind the
+/// data, without a superblock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verity {
+    /// The hash of the tree's highest block.
+    pub root_hash: [u8; 32],
+    /// Blocks of data.
+    pub data_blocks: u64,
 }
 
 /// What the store takes on its file system.

@@ -26,14 +26,15 @@ mod pull;
 mod reference;
 mod registry;
 mod store;
+mod verity;
 
 pub use auth::{Auth, AuthError, AuthFields, Credentials};
 pub use config::{Endpoint, Limits, RegistryConfig, StoreConfig};
 pub use digest::{Digest, ImageId, InvalidDigest};
-pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage};
+pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage, Verity};
 pub use import::{ImportError, Imported, Progress};
 pub use layer::{ConvertReport, LayerError, convert_blob};
-pub use merge::{MergeError, merge_layers};
+pub use merge::{MergeError, Merged, merge_layers};
 pub use pull::PullError;
 pub use reference::{ImageName, ReferenceError};
 pub use registry::RegistryError;

@@ -3,7 +3,7 @@
 //! ```text
 //! ROOT/version          what this layout is
 //!      metadata.redb    names and images
-//!      layers/HEX.erofs a layer, by its diff id
+//!      layers/HEX.erofs a layer and the hashes of its blocks, by its diff id
 //!      images/HEX.erofs metadata of the file system that an image's layers make, by image id
 //!      tmp/             what is being made; emptied at each start
 //! ```
@@ -37,7 +37,7 @@ use self::files::{check_version, remove_file};
 use crate::auth::Credentials;
 use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
-use crate::image::{Image, ImageDisk, Usage};
+use crate::image::{Image, ImageDisk, Usage, Verity};
 use crate::import::{self, ImportError, Imported, Progress};
 use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
@@ -156,7 +156,8 @@ impl ImageStore {
         let _pins = self.inner.pins.lock();
         let contents = self.inner.read()?;
         let record = contents.images.get(id).ok_or_else(not_found)?;
-        self.inner.open_disk(id, &record.diff_ids())
+        let verity = record.verity.clone().ok_or_else(not_found)?;
+        self.inner.open_disk(id, &record.diff_ids(), verity.into())
     }
 }
 
@@ -237,21 +238,25 @@ impl Inner {
     ) -> Result<(), StoreError> {
         let lock = self.making(id);
         let _making = lock.blocking_lock();
-        // Before anything else is kept waiting. What its id names is always the same, so one that is there is right.
-        let new = match self.disk_path(id).is_file() {
-            true => None,
-            false => Some(self.make_disk(id, layers)?),
+        // Before anything else is kept waiting. What its id names is always the same, so one that is known is right.
+        let made = match self.known_disk(id)? {
+            Some(_) => None,
+            None => Some(self.make_disk(id, layers)?),
         };
         let _pins = self.pins.lock();
-        let new = match new {
+        let known = self.known_disk(id)?;
+        let new = match (known, made) {
+            (Some(_), _) => None,
+            (None, Some(new)) => Some(new),
             // It was removed meanwhile.
-            None if !self.disk_path(id).is_file() => Some(self.make_disk(id, layers)?),
-            new => new,
+            (None, None) => Some(self.make_disk(id, layers)?),
         };
+        let verity = new.as_ref().map(|new| new.verity).or(known).map(Into::into);
         let added = new.map_or(Ok(()), NewDisk::put).and_then(|()| {
             let size = self.size(id, layers)?;
             let layers = layers.iter().map(Digest::to_string).collect();
-            self.database.add(id, &Record { layers, size, config }, names).map_err(database_error("written"))
+            let record = Record { layers, size, config, verity };
+            self.database.add(id, &record, names).map_err(database_error("written"))
         });
         if added.is_err() && !self.read().is_ok_and(|contents| contents.images.contains_key(id)) {
             // Whatever fails now is found at the next start.
@@ -274,11 +279,21 @@ impl Inner {
     /// Makes what is missing of an image whose layers are here: a former version had other files.
     fn complete(&self, id: &ImageId, record: &Record) -> Result<(), StoreError> {
         let layers = record.diff_ids();
-        layers.iter().try_for_each(|layer| self.align_layer(layer))?;
-        match self.disk_path(id).is_file() {
-            true => Ok(()),
-            false => self.make_disk(id, &layers)?.put(),
+        layers.iter().try_for_each(|layer| self.complete_layer(layer))?;
+        if record.verity.is_some() && self.disk_path(id).is_file() {
+            return Ok(());
         }
+        let new = self.make_disk(id, &layers)?;
+        let verity = Some(new.verity.into());
+        new.put()?;
+        self.database.add(id, &Record { verity, ..record.clone() }, &[]).map_err(database_error("written"))
+    }
+
+    /// What the disk of an image that is known is verified with.
+    fn known_disk(&self, id: &ImageId) -> Result<Option<Verity>, StoreError> {
+        let contents = self.read()?;
+        let verity = contents.images.get(id).and_then(|record| record.verity.clone());
+        Ok(verity.filter(|_| self.disk_path(id).is_file()).map(Verity::from))
     }
 
     /// Puts the store in order after an earlier run: no image without its files, no file without its image.

@@ -119,7 +119,7 @@ fn check(store: &ImageStore, root: &Path, model: &mut Model, expected: &BTreeMap
         *state = BTreeSet::from([found.is_some()]);
         let Some(found) = found else { continue };
         assert!(listed.contains(&found));
-        assert_eq!(store.disk(&found.id).unwrap().segments.len(), 1 + 3);
+        assert_eq!(store.disk(&found.id).unwrap().files.len(), 1 + 3);
         used.extend(layers(*image));
     }
     assert_eq!(listed.len(), model.values().filter(|state| state.contains(&true)).count());

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use isopod_image_store::{Limits, MergeError, convert_blob, merge_layers};
 use isopod_proto::ErrorKind;
 use proptest::prelude::*;
+use sha2::Digest as _;
 use support::layers::{Kind, build, entries_strategy, fsck, read_back, stack};
-use support::{Item, noise, tar};
+use support::{Item, noise, tar, verify};
 use tempfile::TempDir;
 
 const ALIGNMENT: usize = 512 << 10;
@@ -25,15 +26,19 @@ fn layers(directory: &Path, tars: &[Vec<u8>]) -> Vec<PathBuf> {
     tars.iter().enumerate().map(convert).collect()
 }
 
-/// The bytes of the whole disk.
+/// The bytes of the whole disk, without its hash tree, which is held against them.
 fn disk(directory: &Path, layers: &[PathBuf]) -> Vec<u8> {
     let path = directory.join("metadata");
-    merge_layers(layers, &path, &Limits::default()).unwrap();
-    let mut disk = Vec::new();
+    let merged = merge_layers(layers, &path, &Limits::default()).unwrap();
+    let (mut disk, mut hashes) = (Vec::new(), Vec::new());
     for file in std::iter::once(&path).chain(layers) {
-        disk.extend(std::fs::read(file).unwrap());
+        let bytes = std::fs::read(file).unwrap();
+        let data = if disk.is_empty() { merged.metadata_bytes as usize } else { bytes.len() / 129 * 128 };
+        disk.extend_from_slice(&bytes[..data]);
+        hashes.extend_from_slice(&bytes[data..]);
         assert_eq!(disk.len() % ALIGNMENT, 0);
     }
+    verify(&[&disk[..], &hashes].concat(), merged.verity);
     let whole = directory.join("disk");
     std::fs::write(&whole, &disk).unwrap();
     fsck(&whole);
@@ -63,15 +68,21 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_layer_is_merged_or_refused(entries in entries_strategy(), cut in any::<prop::sample::Index>(),
+    fn a_damaged_layer_is_merged_or_refused(entries in entries_strategy(), cut in any::<prop::sample::Index>(), hashed in any::<bool>(),
         flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let directory = TempDir::new().unwrap();
         let paths = layers(directory.path(), &[build(&entries).0]);
         let mut bytes = std::fs::read(&paths[0]).unwrap();
         // Where there is something; holes say nothing.
-        let used = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+        let data = bytes.len() / 129 * 128;
+        let used = bytes[..data].iter().rposition(|byte| *byte != 0).unwrap();
         for (index, value) in flips {
             bytes[4096 + index.index(used - 4095)] = value;
+        }
+        // With the hashes that it should have, so that it is looked at: once in two.
+        if hashed {
+            let hashes: Vec<u8> = bytes[..data].chunks(4096).flat_map(sha2::Sha256::digest).collect();
+            bytes[data..].copy_from_slice(&hashes);
         }
         std::fs::write(&paths[0], &bytes).unwrap();
         let _ = merge_layers(&paths, &directory.path().join("metadata"), &Limits::default());
@@ -123,6 +134,27 @@ fn what_is_removed_can_come_again_as_something_else() {
         "a link lives on without the name it was made of"
     );
     assert_eq!(tree[&b"a"[..]], tree[&b"again"[..]]);
+}
+
+#[test]
+fn a_layer_whose_metadata_are_not_what_was_hashed_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let paths = layers(directory.path(), &[tar(&[Item::File("name-of-a-file", b"data")])]);
+    let whole = std::fs::read(&paths[0]).unwrap();
+    let name = whole.windows(14).position(|bytes| bytes == b"name-of-a-file").unwrap();
+    let refused = |position: usize| {
+        let mut bytes = whole.clone();
+        bytes[position] ^= 1;
+        std::fs::write(&paths[0], bytes).unwrap();
+        let output = directory.path().join("metadata");
+        let error = merge_layers(&paths, &output, &Limits::default()).unwrap_err();
+        std::fs::remove_file(output).unwrap();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    };
+    refused(name);
+    // The hash of its block, and the superblock.
+    refused(whole.len() / 129 * 128 + name / 4096 * 32);
+    refused(1100);
 }
 
 #[test]

@@ -3,10 +3,11 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use isopod_image_store::{Auth, ImageStore, PullError};
+use isopod_image_store::{Auth, DiskSegment, ImageDisk, ImageStore, PullError};
 use isopod_proto::ErrorKind;
 use isopod_proto::chain as shown;
 use support::registry::{Access, Fault, Registry};
@@ -84,7 +85,7 @@ async fn a_pulled_image_is_listed_found_and_removed() {
     store.remove("test.example/a:2").unwrap();
     assert_nothing_left(&store, root.path());
     let mut magic = [0; 4];
-    std::os::unix::fs::FileExt::read_exact_at(&disk.segments[1].file, &mut magic, 1024).unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&disk.files[1], &mut magic, 1024).unwrap();
     assert_eq!(magic, 0xe0f5_e1e2u32.to_le_bytes(), "an open disk outlives its image");
 }
 
@@ -101,7 +102,7 @@ async fn a_pull_by_digest_gives_no_tag_and_removal_keeps_layers_of_others() {
     assert_eq!((image.repo_tags.len(), image.repo_digests.len()), (0, 1));
     let other = store.pull("test.example/b:1", &Auth::Anonymous).await.unwrap();
     store.remove(id.as_str()).unwrap();
-    assert_eq!(store.disk(&other).unwrap().segments.len(), 3);
+    assert_eq!(store.disk(&other).unwrap().files.len(), 3);
     assert_eq!(std::fs::read_dir(root.path().join("layers")).unwrap().count(), 2);
 }
 
@@ -482,19 +483,20 @@ async fn root_a_full_disk_is_told_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_is_one_disk_of_metadata_and_its_layers() {
+async fn an_image_is_one_disk_of_metadata_layers_and_hashes() {
     let registry = Registry::start().await;
     let root = TempDir::new().unwrap();
     let store = registry.store(root.path());
     registry.put_image("a", "1", &[layer(1), layer(2), layer(1)]);
     let id = store.pull(NAME, &Auth::Anonymous).await.unwrap();
     let mut disk = Vec::new();
-    for segment in store.disk(&id).unwrap().segments {
-        assert_eq!((segment.offset, segment.length % (512 << 10)), (0, 0));
-        let mut bytes = vec![0; segment.length as usize];
-        std::os::unix::fs::FileExt::read_exact_at(&segment.file, &mut bytes, 0).unwrap();
+    let ImageDisk { files, segments, verity } = store.disk(&id).unwrap();
+    for DiskSegment { file, offset, length } in segments {
+        let mut bytes = vec![0; length as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&files[file], &mut bytes, offset).unwrap();
         disk.extend(bytes);
     }
+    support::verify(&disk, verity);
     let (_, tree) = support::layers::read_back(&disk);
     assert_eq!(tree[&b"etc/noise"[..]].0.kind, support::layers::Kind::File(noise(300_000, 1)));
 }
@@ -506,26 +508,28 @@ async fn a_store_of_the_former_version_keeps_its_images() {
     let store = registry.store(root.path());
     registry.put_image("a", "1", &[layer(1), layer(2)]);
     let id = store.pull(NAME, &Auth::Anonymous).await.unwrap();
-    let image = store.find(NAME).unwrap();
+    let (image, verity) = (store.find(NAME).unwrap(), store.disk(&id).unwrap().verity);
     drop(store);
     let path = |name: &str| root.path().join(name);
     std::fs::write(path("version"), "isopod image store, version 1\n").unwrap();
     let files = |name: &str| std::fs::read_dir(path(name)).unwrap().map(|entry| entry.unwrap().path());
     let metadata: Vec<_> = files("images").collect();
-    let merged = std::fs::read(&metadata[0]).unwrap();
+    let (merged, mut layers) = (std::fs::read(&metadata[0]).unwrap(), BTreeMap::new());
     std::fs::remove_file(&metadata[0]).unwrap();
     std::fs::write(metadata[0].with_extension("gpt"), "EFI PART").unwrap();
     for layer in files("layers") {
-        // Whatever its blocks hold after the file system's end.
+        // Without its hashes, and what pads it.
         let bytes = std::fs::read(&layer).unwrap();
-        let used = bytes.iter().rposition(|byte| *byte != 0).unwrap().next_multiple_of(4096);
-        std::fs::write(&layer, &bytes[..used]).unwrap();
+        let data = &bytes[..bytes.len() / 129 * 128];
+        let used = data.iter().rposition(|byte| *byte != 0).unwrap().next_multiple_of(4096);
+        layers.insert(layer.clone(), bytes.clone());
+        std::fs::write(&layer, &data[..used]).unwrap();
     }
     let store = registry.store(root.path());
     assert_eq!(store.find(NAME).unwrap(), image);
-    assert_eq!(store.disk(&id).unwrap().segments.len(), 3);
+    assert_eq!(store.disk(&id).unwrap().verity, verity);
     assert_eq!(files("images").collect::<Vec<_>>(), metadata);
     assert!(std::fs::read(&metadata[0]).unwrap() == merged);
-    assert!(files("layers").all(|layer| layer.metadata().unwrap().len() % (512 << 10) == 0));
+    assert!(files("layers").all(|layer| std::fs::read(&layer).unwrap() == layers[&layer]));
     assert_eq!(std::fs::read_to_string(path("version")).unwrap(), "isopod image store, version 2\n");
 }

@@ -250,6 +250,12 @@ def main():
 
     layout.image("deep", [busybox, *map(deep_layer, range(126))], {"Cmd": ["sh"]})
 
+    # Each block of the file says which it is, so that a test finds it on the host's disk.
+    marked = Layer("gzip")
+    marked.file("marked", "".join(f"block {number:06}\n".ljust(4096, "-") for number in range(2048)))
+    marked.file("unmarked", "right\n")
+    layout.image("marked", [busybox, marked], {"Cmd": ["sh"]})
+
     critest_images(layout, packages, busybox, library)
     user_images(layout, busybox)
     numbered_images(layout, busybox)

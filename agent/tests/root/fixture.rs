@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use isopod_proto::agent::agent_client::AgentClient;
 use isopod_proto::agent::{
     AttachDiskRequest, Capabilities, ConfigurePodRequest, CreateContainerRequest, ExecRequest, MakeVolumeRequest,
-    Mount, PidMode, PodVolume, Process, StartContainerRequest, StreamKind, StreamOpen, StreamOpened, User,
+    Mount, PidMode, PodVolume, Process, StartContainerRequest, StreamKind, StreamOpen, StreamOpened, User, Verity,
     WaitProcessRequest, WaitProcessResponse, make_volume_request, mount,
 };
 use isopod_proto::{MAX_STREAM_HEADER, ObjectId, decode_frame, encode_frame};
@@ -82,7 +82,11 @@ impl Fixture {
             ..ConfigurePodRequest::default()
         };
         fixture.client.configure_pod(request).await.unwrap();
-        fixture.client.attach_disk(AttachDiskRequest { id: DISK.into(), image: true }).await.unwrap();
+        fixture
+            .client
+            .attach_disk(AttachDiskRequest { id: DISK.into(), image: Some(Verity::default()) })
+            .await
+            .unwrap();
         fixture
     }
 

@@ -11,7 +11,7 @@ use super::volumes::blocking;
 use super::{SandboxError, resources, scratch};
 use crate::ext4::Kind;
 use crate::guest::LONG;
-use crate::vmm::{self, DiskFile};
+use crate::vmm::{self, DiskContents};
 use crate::volume::empty_dir::{self, EmptyDir, Shape};
 use crate::volume::kubelet;
 use crate::volume::plan::HostSource;
@@ -67,13 +67,12 @@ impl Driver {
                 empty_dir::disk(&volume, &templates, Kind { bytes, journal: true })
             };
             let (file, length) = blocking(open).await?.map_err(SandboxError::EmptyDir)?;
-            let part = DiskFile { file, offset: 0, length };
-            vmm::add_disk(&directory, disk, false, vec![part]).await.map_err(refused)?;
+            vmm::add_disk(&directory, disk, false, DiskContents::one(file, length)).await.map_err(refused)?;
         }
         // Until the volume is made, it is taken out as what no container has.
         self.disks.insert(disk.clone());
         let mut client = self.up()?.guest.client();
-        let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: false });
+        let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: None });
         match self.call("AttachDisk", LONG, answer).await {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                 Err(SandboxError::Guest { doing: "the guest does not find a volume's disk", source: error })

@@ -4,10 +4,10 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use isopod_image_store::Image;
+use isopod_image_store::{DiskSegment, Image};
 use isopod_proto::ObjectId;
 use isopod_proto::agent::{
-    self, AttachDiskRequest, DetachDiskRequest, RemoveContainerRequest, SignalRequest, StartContainerRequest,
+    self, AttachDiskRequest, DetachDiskRequest, RemoveContainerRequest, SignalRequest, StartContainerRequest, Verity,
     WaitProcessResponse,
 };
 use prost::Message;
@@ -25,7 +25,7 @@ use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{GuestError, LONG, SHORT};
 use crate::streaming::requests::Wanted;
-use crate::vmm::{self, DiskFile};
+use crate::vmm::{self, DiskContents, DiskPart};
 use crate::volume;
 
 pub(super) const SIGKILL: u32 = 9;
@@ -176,15 +176,13 @@ impl Driver {
         let (store, image_id) = (self.context.images.clone(), image.id.clone());
         let disk = tokio::task::spawn_blocking(move || store.disk(&image_id)).await.map_err(|_| SandboxError::Ended)?;
         let disk = disk.map_err(|source| SandboxError::Image { image: image.id.to_string(), source })?;
-        let files = disk
-            .segments
-            .into_iter()
-            .map(|segment| DiskFile { file: segment.file, offset: segment.offset, length: segment.length })
-            .collect();
-        let plugged = vmm::add_disk(up.vm.directory(), &id, true, files).await;
+        let part = |DiskSegment { file, offset, length }| DiskPart { file, offset, length };
+        let contents = DiskContents { files: disk.files, parts: disk.segments.into_iter().map(part).collect() };
+        let plugged = vmm::add_disk(up.vm.directory(), &id, true, contents).await;
         plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give the image to the VM", source })?;
         let mut client = up.guest.client();
-        let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), image: true });
+        let verity = Verity { root_hash: disk.verity.root_hash.to_vec(), data_blocks: disk.verity.data_blocks };
+        let answer = client.attach_disk(AttachDiskRequest { id: id.to_string(), image: Some(verity) });
         match self.call("AttachDisk", LONG, answer).await {
             Ok(_) => {
                 self.disks.insert(id);

@@ -11,7 +11,7 @@ use super::{SandboxError, resources};
 use crate::container;
 use crate::grpc::status::chain;
 use crate::guest::LONG;
-use crate::vmm::{self, DiskFile};
+use crate::vmm::{self, DiskContents};
 use crate::volume::device::{self, Taken, Wanted};
 use crate::volume::host;
 use crate::volume::kubelet;
@@ -89,13 +89,13 @@ impl Driver {
         let (source, node) = match blocking(move || device::take(&wanted)).await?.map_err(SandboxError::Device)? {
             Taken::Guest(name, node) => (agent::device::Source::Guest(name), node),
             Taken::Block(file, length, node) => {
-                let part = DiskFile { file, offset: 0, length };
-                let plugged = vmm::add_disk(self.up()?.vm.directory(), disk, !writable, vec![part]).await;
+                let plugged =
+                    vmm::add_disk(self.up()?.vm.directory(), disk, !writable, DiskContents::one(file, length)).await;
                 plugged.map_err(|source| SandboxError::Vmm { doing: "cannot give a device to the VM", source })?;
                 // From here on it is taken out when no container has it.
                 self.disks.insert(disk.clone());
                 let mut client = self.up()?.guest.client();
-                let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: false });
+                let answer = client.attach_disk(AttachDiskRequest { id: disk.to_string(), image: None });
                 let attached = self.call("AttachDisk", LONG, answer).await;
                 attached.map_err(|source| SandboxError::Guest { doing: "the guest does not find a device", source })?;
                 (agent::device::Source::Disk(disk.to_string()), node)

@@ -27,29 +27,40 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const MAX_DESCRIPTORS: usize = 253;
 
 /// A part of a disk.
-#[derive(Debug)]
-pub struct DiskFile {
-    /// The file.
-    pub file: File,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskPart {
+    /// Which of the files it is in.
+    pub file: usize,
     /// Where in the file the part begins; a multiple of 512.
     pub offset: u64,
     /// Its bytes; a multiple of 512.
     pub length: u64,
 }
 
+/// What a disk is made of: `parts` of `files`, one after the other.
+#[derive(Debug)]
+pub struct DiskContents {
+    pub files: Vec<File>,
+    pub parts: Vec<DiskPart>,
+}
+
+impl DiskContents {
+    /// The first `length` bytes of a file.
+    pub fn one(file: File, length: u64) -> Self {
+        Self { files: vec![file], parts: vec![DiskPart { file: 0, offset: 0, length }] }
+    }
+}
+
 /// Plugs a disk into the VM whose directory is `directory`.
-pub async fn add_disk(directory: &Path, id: &DiskId, readonly: bool, files: Vec<DiskFile>) -> Result<(), VmmError> {
+pub async fn add_disk(directory: &Path, id: &DiskId, readonly: bool, disk: DiskContents) -> Result<(), VmmError> {
+    let DiskContents { files, parts } = disk;
     if files.len() > MAX_DESCRIPTORS {
-        let message = format!("{} segments are more than the {MAX_DESCRIPTORS} a message can carry", files.len());
+        let message = format!("{} files are more than the {MAX_DESCRIPTORS} a message can carry", files.len());
         return Err(VmmError::Refused { doing: "add a disk", kind: ErrorKind::InvalidArgument, message });
     }
-    let segments = files
-        .iter()
-        .enumerate()
-        .map(|(index, part)| Segment { fd: index as i32, offset: part.offset, length: part.length })
-        .collect();
+    let segment = |part: DiskPart| Segment { fd: part.file as i32, offset: part.offset, length: part.length };
+    let segments = parts.into_iter().map(segment).collect();
     let disk = Disk { id: id.as_str().to_owned(), readonly, segments };
-    let files = files.into_iter().map(|part| part.file).collect();
     done("add a disk", directory, Request::AddDisk(AddDisk { disk: Some(disk) }), files).await
 }
 
@@ -185,12 +196,16 @@ mod tests {
     async fn a_disk_travels_with_its_descriptors() {
         let directory = tempfile::tempdir().expect("a directory");
         let vmm = fake_vmm(directory.path(), Reply::Done(isopod_proto::vmm::Done {}));
-        let part = |offset| DiskFile { file: tempfile::tempfile().expect("a file"), offset, length: 512 };
+        let file = || tempfile::tempfile().expect("a file");
+        let part = |file, offset| DiskPart { file, offset, length: 512 };
+        let contents =
+            DiskContents { files: vec![file(), file()], parts: vec![part(0, 0), part(1, 512), part(0, 512)] };
         let id = DiskId::parse("img-0123456789abcdef").expect("an id");
-        add_disk(directory.path(), &id, true, vec![part(0), part(512)]).await.expect("done");
+        add_disk(directory.path(), &id, true, contents).await.expect("done");
         let (request, descriptors) = vmm.join().expect("no panic");
         let Some(Request::AddDisk(AddDisk { disk: Some(disk) })) = request.request else { panic!("an AddDisk") };
-        assert_eq!((descriptors, disk.segments.len(), disk.segments[1].fd), (2, 2, 1));
+        let named: Vec<_> = disk.segments.iter().map(|segment| (segment.fd, segment.offset)).collect();
+        assert_eq!((descriptors, named), (2, vec![(0, 0), (1, 512), (0, 512)]));
         assert!(disk.readonly);
     }
 

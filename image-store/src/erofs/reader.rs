@@ -1,4 +1,5 @@
-//! Reading back what the writer has written, as a tree. Total and bounded: a file that was damaged since is an error.
+//! Reading back what the writer has written, as a tree. Total and bounded; what was read is held against its hashes, so that a
+//! file that was damaged since is an error.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
@@ -6,10 +7,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::format::{
-    BLOCK_SIZE, FLAT_INLINE, INODE_SIZE, InodeFields, SLOT, Superblock, Xattr, decode_dirents, decode_xattrs,
-    xattr_prefix,
+    ALIGNMENT, BLOCK_SIZE, FLAT_INLINE, INODE_SIZE, InodeFields, SLOT, Superblock, Xattr, decode_dirents,
+    decode_xattrs, xattr_prefix,
 };
 use super::tree::{Attributes, Content, Entries, FileType, IMPLIED, Inode, InodeId, OPAQUE, ROOT, Tree};
+use crate::verity;
 
 /// What is read at once. The writer's order makes all reading sequential.
 const WINDOW: usize = 256 << 10;
@@ -26,11 +28,21 @@ pub(crate) enum ReadError {
     TooMany,
 }
 
-/// The tree of the file system in `file`, which has at most `max_names` names.
-pub(crate) fn read_tree(file: &File, max_names: u64) -> Result<Tree, ReadError> {
+/// Bytes of the file system in `file`, up to the next multiple of [`ALIGNMENT`].
+pub(crate) fn data_bytes(file: &File) -> Result<u64, ReadError> {
+    Ok((u64::from(superblock(file)?.blocks) * BLOCK_SIZE as u64).next_multiple_of(ALIGNMENT))
+}
+
+fn superblock(file: &File) -> Result<Superblock, ReadError> {
     let mut block = [0; BLOCK_SIZE];
     file.read_exact_at(&mut block, 0).map_err(ReadError::Io)?;
-    let superblock = Superblock::decode(&block).ok_or(ReadError::Malformed("its superblock is not intact"))?;
+    let superblock = Superblock::decode(&block).filter(|superblock| superblock.blocks > 0);
+    superblock.ok_or(ReadError::Malformed("its superblock is not intact"))
+}
+
+/// The tree of the file system in `file`, which has at most `max_names` names. Its hashes follow it.
+pub(crate) fn read_tree(file: &File, max_names: u64) -> Result<Tree, ReadError> {
+    let superblock = superblock(file)?;
     let end = u64::from(superblock.blocks) * BLOCK_SIZE as u64;
     let window = || Window { file, start: 0, bytes: Vec::new(), end };
     let mut reader = Reader {
@@ -71,11 +83,17 @@ impl Window<'_> {
         let end = position.checked_add(length as u64).filter(|end| *end <= self.end);
         let end = end.ok_or(ReadError::Malformed("something in it is beyond its end"))?;
         if position < self.start || end > self.start + self.bytes.len() as u64 {
-            let wanted = (self.end - position).min(length.max(WINDOW) as u64);
-            // Bounded just above.
+            self.start = position - position % BLOCK_SIZE as u64;
+            let wanted =
+                (self.end - self.start).min((BLOCK_SIZE + length).next_multiple_of(BLOCK_SIZE).max(WINDOW) as u64);
+            // Bounded just above; whole blocks, as the end is one's.
             self.bytes.resize(wanted as usize, 0);
-            self.file.read_exact_at(&mut self.bytes, position).map_err(ReadError::Io)?;
-            self.start = position;
+            self.file.read_exact_at(&mut self.bytes, self.start).map_err(ReadError::Io)?;
+            match verity::matches(self.file, self.end.next_multiple_of(ALIGNMENT), self.start, &self.bytes) {
+                Ok(true) => {}
+                Ok(false) => return Err(ReadError::Malformed("its metadata do not match their hashes")),
+                Err(error) => return Err(ReadError::Io(error)),
+            }
         }
         let offset = (position - self.start) as usize;
         Ok(&self.bytes[offset..offset + length])

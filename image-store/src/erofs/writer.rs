@@ -1,13 +1,13 @@
 //! The writer: file data as they come, then everything else.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::FileExt;
+use std::io;
 
 use super::format::{
     ALIGNMENT, BLOCK_SIZE, FLAT_INLINE, FLAT_PLAIN, INODE_SIZE, InodeFields, SLOT, Superblock, encode_dirents,
     encode_xattrs, split_directory, xattr_size,
 };
+use super::output::{Output, Written};
 use super::tree::{Content, FileType, Inode, InodeId, ROOT, Tree};
 
 /// The first slot that an inode may have. Not 0, which some programs take for "no inode".
@@ -25,47 +25,45 @@ pub(crate) enum Data {
 
 /// Writes one file system to a new file.
 pub(crate) struct ErofsWriter {
-    out: BufWriter<File>,
-    /// Bytes written.
-    position: u64,
+    out: Output,
 }
 
 impl ErofsWriter {
     /// Starts a file system in `file`, which is empty.
     pub(crate) fn new(file: File) -> io::Result<Self> {
-        let mut writer = Self { out: BufWriter::with_capacity(1 << 20, file), position: 0 };
+        let mut out = Output::new(file)?;
         // The superblock's place; it is written last, so that a file that was cut short has none.
-        writer.write(&[0; BLOCK_SIZE])?;
-        Ok(writer)
+        out.write(&[0; BLOCK_SIZE])?;
+        Ok(Self { out })
     }
 
     /// The block the next file's data start at.
     pub(crate) fn begin_data(&self) -> io::Result<u32> {
-        block_number(self.position)
+        block_number(self.out.position())
     }
 
     /// Adds to the current file's data.
     pub(crate) fn write_data(&mut self, data: &[u8]) -> io::Result<()> {
-        self.write(data)
+        self.out.write(data)
     }
 
     /// Ends the current file's data.
     pub(crate) fn end_data(&mut self) -> io::Result<()> {
-        self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))
+        self.out.pad_to(self.out.position().next_multiple_of(BLOCK_SIZE as u64))
     }
 
-    /// Writes the metadata of `tree` and the superblock. Gives the file, complete but not synced, and the bytes in it. It is
-    /// longer by a hole that makes it a multiple of [`ALIGNMENT`].
-    pub(crate) fn finish(mut self, tree: &Tree, uuid: [u8; 16], data: Data) -> io::Result<(File, u64)> {
-        let meta_block = block_number(self.position)?;
-        let layout = Layout::new(tree, self.position, data)?;
-        let start = self.position;
+    /// Writes the metadata of `tree` and the superblock. A hole at the file's end makes its
+    /// length a multiple of [`ALIGNMENT`].
+    pub(crate) fn finish(mut self, tree: &Tree, uuid: [u8; 16], data: Data) -> io::Result<Written> {
+        let start = self.out.position();
+        let meta_block = block_number(start)?;
+        let layout = Layout::new(tree, start, data)?;
         for (index, id) in layout.order.iter().enumerate() {
             let place = layout.place(*id);
-            self.pad_to(start + place.nid * SLOT)?;
+            self.out.pad_to(start + place.nid * SLOT)?;
             self.write_inode(tree, &layout, *id, index)?;
         }
-        self.pad_to(start + layout.metadata_bytes)?;
+        self.out.pad_to(start + layout.metadata_bytes)?;
         for id in &layout.order {
             self.write_blocks(tree, &layout, *id)?;
         }
@@ -76,10 +74,7 @@ impl ErofsWriter {
             meta_block,
             uuid,
         };
-        let file = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.write_all_at(&superblock.encode(), 0)?;
-        file.set_len(self.position.next_multiple_of(ALIGNMENT))?;
-        Ok((file, self.position))
+        self.out.finish(&superblock.encode())
     }
 
     fn write_inode(&mut self, tree: &Tree, layout: &Layout, id: InodeId, index: usize) -> io::Result<()> {
@@ -108,14 +103,14 @@ impl ErofsWriter {
             mtime_nanos: attributes.mtime_nanos,
             nlink: place.nlink,
         };
-        self.write(&fields.encode())?;
-        self.write(&xattrs)?;
+        self.out.write(&fields.encode())?;
+        self.out.write(&xattrs)?;
         if place.inline {
             let tail = match &inode.content {
                 Content::File(FileType::Symlink(target)) => target.to_vec(),
                 _ => layout.directory_blocks(tree, id).pop().unwrap_or_default(),
             };
-            self.write(&tail)?;
+            self.out.write(&tail)?;
         }
         Ok(())
     }
@@ -126,7 +121,7 @@ impl ErofsWriter {
         if place.blocks == 0 {
             return Ok(());
         }
-        debug_assert_eq!(block_number(self.position)?, place.first_block);
+        debug_assert_eq!(block_number(self.out.position())?, place.first_block);
         let mut blocks = match &tree.inodes[id.0].content {
             Content::Directory { .. } => layout.directory_blocks(tree, id),
             Content::File(FileType::Symlink(target)) => vec![target.to_vec()],
@@ -134,23 +129,8 @@ impl ErofsWriter {
         };
         blocks.truncate(place.blocks as usize);
         for block in blocks {
-            self.write(&block)?;
-            self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))?;
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.out.write_all(bytes)?;
-        self.position += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn pad_to(&mut self, position: u64) -> io::Result<()> {
-        let zeros = [0; BLOCK_SIZE];
-        while self.position < position {
-            let length = (position - self.position).min(BLOCK_SIZE as u64);
-            self.write(&zeros[..length as usize])?;
+            self.out.write(&block)?;
+            self.out.pad_to(self.out.position().next_multiple_of(BLOCK_SIZE as u64))?;
         }
         Ok(())
     }

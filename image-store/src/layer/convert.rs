@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 
 use super::LayerError;
 use super::archive::{TarEntry, TarKind, TarReader};
 use crate::config::Limits;
-use crate::erofs::{Attributes, Data, ErofsWriter, FileType, PathError, Tree, Xattr, xattr_prefix};
+use crate::erofs::{ALIGNMENT, Attributes, Data, ErofsWriter, FileType, PathError, Tree, Written, Xattr, xattr_prefix};
 
 /// Most bytes of a name in a directory, and of a symbolic link's target, in Linux.
 const NAME_MAX: usize = 255;
@@ -22,9 +23,9 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// A layer that was written.
 #[derive(Debug)]
 pub(super) struct Converted {
-    /// The EROFS, complete but not synced.
+    /// The EROFS and its hashes, complete but not synced.
     pub file: File,
-    /// Its size in bytes, a multiple of 4096.
+    /// Bytes of the EROFS, a multiple of 4096.
     pub size: u64,
     /// Entries of the tar.
     pub entries: u64,
@@ -55,8 +56,10 @@ pub(super) fn convert<R: Read>(
     let mut input = archive.into_inner();
     while input.read(&mut buffer).map_err(|source| LayerError::Input { source })? > 0 {}
     let uuid = uuid(input)?;
-    let (file, size) = writer.finish(&tree, uuid, Data::Own).map_err(|source| LayerError::Write { source })?;
-    Ok(Converted { file, size, entries })
+    let write = |source| LayerError::Write { source };
+    let Written { file, bytes, hashes } = writer.finish(&tree, uuid, Data::Own).map_err(write)?;
+    file.write_all_at(&hashes, bytes.next_multiple_of(ALIGNMENT)).map_err(write)?;
+    Ok(Converted { file, size: bytes, entries })
 }
 
 struct Conversion<'a, R> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::contents::Contents;
 use crate::digest::{Digest, ImageId};
-use crate::image::ImageConfig;
+use crate::image::{ImageConfig, Verity};
 
 /// Image id → [`Record`] as JSON.
 const IMAGES: TableDefinition<&str, &[u8]> = TableDefinition::new("images");
@@ -22,6 +22,9 @@ pub(super) struct Record {
     pub layers: Vec<String>,
     pub size: u64,
     pub config: StoredConfig,
+    /// What its disk is verified with. Former versions have none.
+    #[serde(default)]
+    pub verity: Option<StoredVerity>,
 }
 
 impl Record {
@@ -33,6 +36,13 @@ impl Record {
     pub(super) fn diff_ids(&self) -> Vec<Digest> {
         self.layers.iter().filter_map(|layer| Digest::parse(layer).ok()).collect()
     }
+}
+
+/// [`Verity`] as it is stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct StoredVerity {
+    pub root_hash: [u8; 32],
+    pub data_blocks: u64,
 }
 
 /// [`ImageConfig`] as it is stored.
@@ -48,6 +58,18 @@ pub(crate) struct StoredConfig {
     pub labels: BTreeMap<String, String>,
     pub volumes: BTreeSet<String>,
     pub exposed_ports: BTreeSet<String>,
+}
+
+impl From<StoredVerity> for Verity {
+    fn from(StoredVerity { root_hash, data_blocks }: StoredVerity) -> Self {
+        Self { root_hash, data_blocks }
+    }
+}
+
+impl From<Verity> for StoredVerity {
+    fn from(Verity { root_hash, data_blocks }: Verity) -> Self {
+        Self { root_hash, data_blocks }
+    }
 }
 
 impl From<StoredConfig> for ImageConfig {

@@ -92,6 +92,12 @@ pub enum StoreError {
         #[source]
         source: MergeError,
     },
+    /// A file is not as long as it must be.
+    #[error("image store: {path} is not of its length")]
+    Length {
+        /// Which file.
+        path: PathBuf,
+    },
     /// A file failed.
     #[error("image store: {path} cannot be {verb}")]
     Io {
@@ -129,6 +135,7 @@ impl StoreError {
                 _ => ErrorKind::Internal,
             },
             Self::Merge { source, .. } => source.kind(),
+            Self::Length { .. } => ErrorKind::Corrupt,
             Self::Io { source, .. } if crate::layer::is_disk_full(source) => ErrorKind::ResourceExhausted,
             Self::Io { .. } => ErrorKind::Internal,
         }

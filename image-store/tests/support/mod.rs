@@ -7,6 +7,7 @@ pub mod registry;
 use std::io::Write;
 use std::process::Command;
 
+use isopod_image_store::Verity;
 use sha2::Digest as _;
 
 /// A file to put into a tar.
@@ -69,6 +70,24 @@ pub fn noise(length: usize, mut seed: u64) -> Vec<u8> {
             (seed >> 56) as u8
         })
         .collect()
+}
+
+/// Holds a disk and the hash tree behind its data against the root hash, as the kernel's documentation of dm-verity has it.
+pub fn verify(disk: &[u8], verity: Verity) {
+    let (data, tree) = disk.split_at(verity.data_blocks as usize * 4096);
+    let mut levels: Vec<Vec<u8>> = Vec::new();
+    let mut below = data.to_vec();
+    while below.len() > 4096 {
+        let mut level: Vec<u8> = below.chunks(4096).flat_map(sha2::Sha256::digest).collect();
+        level.resize(level.len().next_multiple_of(4096), 0);
+        levels.push(level.clone());
+        below = level;
+    }
+    assert!(
+        levels.into_iter().rev().flatten().eq(tree.iter().copied()),
+        "the tree is as long and has the hashes it must"
+    );
+    assert_eq!(sha2::Sha256::digest(&below)[..], verity.root_hash);
 }
 
 /// Whether `program` is there. Under CI it must be.

@@ -15,6 +15,7 @@ mod hostile_clients;
 mod ids;
 mod image_command;
 mod images;
+mod integrity;
 mod jail;
 mod logs;
 mod network;
