@@ -4,13 +4,16 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use isopod_proto::agent::{
-    ConfigurePodRequest, CreateContainerRequest, ExecRequest, MakeVolumeRequest, PidMode, ResolvedUser, SignalRequest,
-    StatsRequest, StatsResponse, UpdateContainerRequest, UpdatePodRequest, Verity, make_volume_request, mount,
+    ConfigurePodRequest, CreateContainerRequest, ExecRequest, InventoryResponse, MakeVolumeRequest, PidMode,
+    ResolvedUser, SignalRequest, StatsRequest, StatsResponse, UpdateContainerRequest, UpdatePodRequest, Verity,
+    make_volume_request, mount,
 };
 use isopod_proto::{ErrorKind, ObjectId};
 use parking_lot::Mutex;
+use tokio::time::sleep;
 
 use crate::cgroup::Cgroup;
 use crate::container::{self, Container, Parts};
@@ -32,6 +35,10 @@ enum Slot<T> {
 }
 
 type Table<T> = Mutex<HashMap<String, Slot<T>>>;
+
+/// How long an inventory waits for requests that are at work: a container takes less to be made or started.
+const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE_PAUSE: Duration = Duration::from_millis(10);
 
 /// The state of the agent. No lock of it is held while something is started, mounted or waited for.
 pub struct Agent {
@@ -310,11 +317,7 @@ impl Agent {
     /// Counters of the guest and of the named containers, or of all.
     pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse> {
         let containers: Vec<Arc<Container>> = if request.container_ids.is_empty() {
-            let table = self.containers.lock();
-            table
-                .values()
-                .filter_map(|slot| if let Slot::Present(it) = slot { Some(Arc::clone(it)) } else { None })
-                .collect()
+            present(&self.containers).0
         } else {
             request.container_ids.iter().map(|id| self.container(id)).collect::<Result<_>>()?
         };
@@ -324,15 +327,28 @@ impl Agent {
         blocking(move || Ok(wanted())).await
     }
 
+    /// What there is, once no request is at work on it any more, or [`SETTLE`] has passed.
+    pub async fn inventory(&self) -> InventoryResponse {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let (containers, one_is_busy) = present(&self.containers);
+            let (processes, another_is_busy) = present(&self.processes);
+            let found: Vec<_> = containers.iter().filter_map(|container| container.present()).collect();
+            let settled = !one_is_busy && !another_is_busy && found.len() == containers.len();
+            if settled || Instant::now() >= deadline {
+                let exec = |process: &Arc<Process>| (process.container_id != process.id).then(|| process.id.clone());
+                return InventoryResponse {
+                    containers: found,
+                    exec_process_ids: processes.iter().filter_map(exec).collect(),
+                };
+            }
+            sleep(SETTLE_PAUSE).await;
+        }
+    }
+
     /// Ends every container, for the guest's end.
     pub async fn kill_all(&self) {
-        let containers: Vec<Arc<Container>> = {
-            let table = self.containers.lock();
-            table
-                .values()
-                .filter_map(|slot| if let Slot::Present(it) = slot { Some(Arc::clone(it)) } else { None })
-                .collect()
-        };
+        let (containers, _) = present(&self.containers);
         for container in &containers {
             container.init.kill();
             container.cgroup.kill();
@@ -384,6 +400,17 @@ impl<T> Drop for Reservation<'_, T> {
             self.table.lock().remove(&self.id);
         }
     }
+}
+
+/// What is in a table, and whether something else is under way to be or to go.
+fn present<T>(table: &Table<T>) -> (Vec<Arc<T>>, bool) {
+    let slots = table.lock();
+    let things: Vec<Arc<T>> = slots
+        .values()
+        .filter_map(|slot| if let Slot::Present(thing) = slot { Some(Arc::clone(thing)) } else { None })
+        .collect();
+    let busy = things.len() < slots.len();
+    (things, busy)
 }
 
 fn find<T>(table: &Table<T>, what: &str, id: &str) -> Result<Arc<T>> {

@@ -22,7 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use isopod_proto::ErrorKind;
-use isopod_proto::agent::{CreateContainerRequest, ExecRequest, Mount, PidMode, ResolvedUser, mount};
+use isopod_proto::agent::{
+    CreateContainerRequest, ExecRequest, Mount, PidMode, PresentContainer, ResolvedUser, mount, present_container,
+};
 use parking_lot::Mutex;
 use rustix::mount::UnmountFlags;
 
@@ -32,7 +34,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::launch::{self, Prepared};
 use crate::layout::Layout;
 use crate::process::{Ending, Ends, Process, Streams};
-use crate::reaper::Reaper;
+use crate::reaper::{Reaper, realtime_nanos};
 use crate::stats::CpuRate;
 use crate::stub::message::{Descriptor, Device, Launch, Role};
 use crate::user_namespace::UserNamespace;
@@ -57,7 +59,8 @@ pub struct Container {
 enum Stage {
     Created(Prepared),
     Starting,
-    Running,
+    /// Since when: CLOCK_REALTIME in nanoseconds.
+    Running(i64),
     Failed,
 }
 
@@ -233,14 +236,25 @@ impl Container {
             }
         };
         let result = prepared.go();
-        *self.stage.lock() = if result.is_ok() { Stage::Running } else { Stage::Failed };
+        *self.stage.lock() = if result.is_ok() { Stage::Running(realtime_nanos()) } else { Stage::Failed };
         result
+    }
+
+    /// How far it is; none while its start is under way.
+    pub fn present(&self) -> Option<PresentContainer> {
+        let (stage, started_at_nanos) = match &*self.stage.lock() {
+            Stage::Starting => return None,
+            Stage::Created(_) => (present_container::Stage::Created, 0),
+            Stage::Running(since) => (present_container::Stage::Started, *since),
+            Stage::Failed => (present_container::Stage::Failed, 0),
+        };
+        Some(PresentContainer { id: self.id.clone(), stage: stage.into(), started_at_nanos })
     }
 
     /// Starts a further process in the container. Blocks; must be called on a thread of the runtime.
     pub fn exec(&self, reaper: &Arc<Reaper>, request: &ExecRequest) -> Result<Arc<Process>> {
         let not_running = || Error::precondition(format!("container {} is not running", self.id));
-        if !matches!(*self.stage.lock(), Stage::Running) {
+        if !matches!(*self.stage.lock(), Stage::Running(_)) {
             return Err(not_running());
         }
         let wanted = request.process.as_ref().ok_or_else(|| Error::invalid("the exec request has no process"))?;

@@ -8,11 +8,12 @@ use isopod_proto::agent::agent_server::Agent as Service;
 use isopod_proto::agent::{
     AttachDiskRequest, AttachDiskResponse, AttachFileSystemRequest, AttachFileSystemResponse, ConfigurePodRequest,
     ConfigurePodResponse, CreateContainerRequest, CreateContainerResponse, DetachDiskRequest, DetachDiskResponse,
-    ExecRequest, ExecResponse, MakeVolumeRequest, MakeVolumeResponse, MirrorPart, RemoveContainerRequest,
-    RemoveContainerResponse, RemoveMirrorRequest, RemoveMirrorResponse, RemoveProcessRequest, RemoveProcessResponse,
-    ResizeTerminalRequest, ResizeTerminalResponse, SetMirrorResponse, ShutdownRequest, ShutdownResponse, SignalRequest,
-    SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest,
-    UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse, WaitProcessRequest, WaitProcessResponse,
+    ExecRequest, ExecResponse, InventoryRequest, InventoryResponse, MakeVolumeRequest, MakeVolumeResponse, MirrorPart,
+    RemoveContainerRequest, RemoveContainerResponse, RemoveMirrorRequest, RemoveMirrorResponse, RemoveProcessRequest,
+    RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, SetMirrorResponse, ShutdownRequest,
+    ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest,
+    StatsResponse, UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use isopod_proto::{ErrorKind, MAX_MIRROR_MESSAGE};
 use tokio::sync::Notify;
@@ -175,6 +176,10 @@ impl Service for Rpc {
     async fn stats(&self, request: Request<StatsRequest>) -> Answer<StatsResponse> {
         let request = request.into_inner();
         self.run(|agent| async move { agent.stats(&request).await }).await
+    }
+
+    async fn inventory(&self, _: Request<InventoryRequest>) -> Answer<InventoryResponse> {
+        self.run(|agent| async move { Ok(agent.inventory().await) }).await
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {

@@ -80,10 +80,14 @@ impl Runtime {
             let (id, key) = (record.id.clone(), record.key());
             let span = tracing::info_span!("sandbox", id = id.short());
             let own = containers.remove(&id).unwrap_or_default();
+            // Whether its creation was answered is not known, unless it was used: who asks again gets it.
+            let used = !own.is_empty() || record.phase != SandboxPhase::Ready;
             let resumed = Driver::resume(Arc::clone(context), record, own).instrument(span.clone()).await;
             let Some(driver) = resumed else { continue };
             tracing::info!(sandbox = %id, "sandbox taken up");
-            self.inner.names.lock().insert(key, Reservation::Delivered(id.clone()));
+            let reservation =
+                if used { Reservation::Delivered(id.clone()) } else { Reservation::Undelivered(id.clone()) };
+            self.inner.names.lock().insert(key, reservation);
             self.inner.launch(&id, driver, span);
             kept.push(id);
         }

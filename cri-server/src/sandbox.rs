@@ -10,6 +10,7 @@
 //! failed start, at a stop, and for what an earlier daemon left.
 
 pub mod admission;
+mod adoption;
 pub mod attach;
 pub mod bring_up;
 pub mod driver;

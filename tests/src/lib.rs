@@ -6,3 +6,4 @@ pub mod fixture;
 pub mod kvm_trace;
 pub mod microvm;
 pub mod process_memory;
+pub mod soak;

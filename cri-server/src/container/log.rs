@@ -3,6 +3,7 @@
 
 mod file;
 mod lines;
+mod progress;
 
 pub use file::{ContainerLog, LogError, LogStream};
 pub use lines::{Lines, MAX_LINE};

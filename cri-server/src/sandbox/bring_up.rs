@@ -27,7 +27,7 @@ use crate::vmm::{self, BootDisk, VSOCK_SOCKET, Vm, VmSpec, VmmError, console_tai
 use crate::{container, cri};
 
 /// The scratch disk's id in the VM.
-const SCRATCH_DISK: &str = "scratch";
+pub(super) const SCRATCH_DISK: &str = "scratch";
 /// The agent's call that makes a guest a pod.
 const CONFIGURE: &str = "ConfigurePod";
 /// The name of a pod's interface, as everywhere in Kubernetes.

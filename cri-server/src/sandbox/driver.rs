@@ -138,6 +138,8 @@ pub struct Driver {
     pub(super) tasks: JoinSet<()>,
     pub(super) events: mpsc::UnboundedReceiver<Event>,
     pub(super) sender: mpsc::UnboundedSender<Event>,
+    /// It is taken over from an earlier daemon: what that one left in the guest is not known yet.
+    pub(super) taken_over: bool,
     /// Set when a stop waits for what the driver is at. It stays set, as a sandbox that is stopped never runs again.
     pub(super) stopping: CancellationToken,
 }
@@ -167,6 +169,7 @@ impl Driver {
             tasks: JoinSet::new(),
             events,
             sender,
+            taken_over: false,
             stopping: CancellationToken::new(),
         }
     }
@@ -241,6 +244,10 @@ impl Driver {
             return None;
         }
         driver.containers = containers.into_iter().map(|record| (record.id.clone(), Container::new(record))).collect();
+        for container in driver.containers.values_mut() {
+            // Whether its creation was answered is not known: who asks again gets it.
+            container.delivered = container.record.state != ContainerState::Created;
+        }
         for container in driver.containers.values() {
             driver.context.index.publish_container(&container.record);
         }
@@ -253,6 +260,7 @@ impl Driver {
             Some(vm) => {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
                 driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
+                driver.taken_over = true;
                 driver.release_cpu_sets();
                 driver.resume_mirrors();
                 driver.watch_vm();
@@ -278,6 +286,9 @@ impl Driver {
 
     /// Works until the sandbox is removed, or nobody can send commands any more.
     pub async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        if self.taken_over {
+            self.adopt().await;
+        }
         loop {
             tokio::select! {
                 biased;

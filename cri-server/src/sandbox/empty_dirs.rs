@@ -16,6 +16,9 @@ use crate::volume::empty_dir::{self, EmptyDir, Shape};
 use crate::volume::kubelet;
 use crate::volume::plan::HostSource;
 
+/// What the names of the volumes' disks begin with.
+pub(super) const DISK_PREFIX: &str = "v-";
+
 impl Driver {
     /// The volume that `source` is, in the guest, if it is an emptyDir of the pod; it is made if the guest has it not yet. None: it
     /// is to be shared.
@@ -36,7 +39,7 @@ impl Driver {
 
     /// Makes the volume in the guest. What of it an earlier daemon has made is there already.
     async fn make_empty_dir(&mut self, name: &str, volume: &Path, shape: Shape) -> Result<(), SandboxError> {
-        let disk = DiskId::parse(&format!("v-{}", &name[..16])).map_err(|_| SandboxError::Ended)?;
+        let disk = DiskId::parse(&format!("{DISK_PREFIX}{}", &name[..16])).map_err(|_| SandboxError::Ended)?;
         let storage = match shape.memory {
             Some(bytes) => make_volume_request::Storage::TmpfsSizeBytes(bytes),
             None => {

@@ -64,7 +64,7 @@ pub async fn run(up: Up, command: Command, mut reply: oneshot::Sender<Result<Out
 }
 
 /// Kills the command if it may still run, and has the guest forget it.
-async fn clean_up(up: &Up, process_id: String, may_run: bool) {
+pub(super) async fn clean_up(up: &Up, process_id: String, may_run: bool) {
     if may_run {
         kill(up, &process_id).await;
     }

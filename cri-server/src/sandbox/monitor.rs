@@ -64,10 +64,11 @@ async fn copy(up: Up, process: String, kind: StreamKind, stream: LogStream, log:
                 // What is not taken comes again.
                 lines = Lines::default();
                 let result = log.copy(&mut output, stream, &mut lines).await;
-                if output.taken() > taken {
+                // What is in the log, whether or not the guest was told.
+                let before = std::mem::replace(&mut taken, log.taken(stream));
+                if taken > before {
                     pause = FIRST_PAUSE;
                 }
-                taken = output.taken();
                 match result {
                     Ok(()) => return,
                     Err(error) => tracing::debug!(%error, ?stream, taken, "an output stream is interrupted"),

@@ -196,7 +196,7 @@ impl Driver {
     }
 
     /// Takes out the image disks that no container uses any more.
-    async fn detach_unused(&mut self) {
+    pub(super) async fn detach_unused(&mut self) {
         let used = |disk: &isopod_proto::DiskId| {
             self.containers.values().any(|container| container.record.disks().any(|other| other == *disk))
         };
@@ -252,7 +252,7 @@ impl Driver {
         self.call("StartContainer", LONG, answer).await.map(drop).map_err(guest_failed("cannot start the container"))
     }
 
-    async fn set_state(&mut self, id: &ObjectId, state: ContainerState) -> Result<(), SandboxError> {
+    pub(super) async fn set_state(&mut self, id: &ObjectId, state: ContainerState) -> Result<(), SandboxError> {
         let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
         container.record.state = state;
         let record = container.record.clone();
@@ -364,7 +364,7 @@ impl Driver {
         Ok(())
     }
 
-    async fn remove_in_guest(&self, id: &ObjectId) {
+    pub(super) async fn remove_in_guest(&self, id: &ObjectId) {
         let Ok(up) = self.up() else { return };
         let mut client = up.guest.client();
         let answer = client.remove_container(RemoveContainerRequest { id: id.to_string() });

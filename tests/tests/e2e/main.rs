@@ -17,6 +17,7 @@ mod image_command;
 mod images;
 mod integrity;
 mod jail;
+mod kills;
 mod logs;
 mod network;
 mod network_builtin;

@@ -59,8 +59,7 @@ async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow
     // Every line is in the log, also those that were printed while nobody read.
     let last = reaches(meanwhile + 3).await?;
     let lines = container.logged("the lines of the log", PATIENCE, |lines| lines.len() >= last as usize).await?;
-    let mut numbers = lines.iter().map(|line| line.text().trim().parse::<u32>()).collect::<Result<Vec<_>, _>>()?;
-    numbers.dedup();
+    let numbers = lines.iter().map(|line| line.text().trim().parse::<u32>()).collect::<Result<Vec<_>, _>>()?;
     assert!(numbers.iter().copied().eq(1..=numbers.len() as u32), "{numbers:?}");
     container.stop(0).await?;
     assert_eq!(container.status().await?.exit_code, 137);

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,6 +12,7 @@ use rustix::fs::OFlags;
 use time::OffsetDateTime;
 
 use super::Lines;
+use super::progress::{Begun, Progress, ProgressFile, Taken};
 use crate::guest::Output;
 use crate::sandbox::attach::Attachers;
 
@@ -35,11 +36,11 @@ impl LogStream {
         }
     }
 
-    /// Where in the progress file the number of taken bytes is.
-    fn progress_offset(self) -> u64 {
+    /// Its place in [`Taken`].
+    fn index(self) -> usize {
         match self {
             Self::Stdout => 0,
-            Self::Stderr => 8,
+            Self::Stderr => 1,
         }
     }
 }
@@ -48,12 +49,17 @@ impl LogStream {
 /// daemon takes up the streams where this one left them.
 pub struct ContainerLog {
     path: Option<PathBuf>,
-    file: Mutex<Option<File>>,
-    progress: File,
+    state: Mutex<State>,
+    progress: ProgressFile,
     /// That it cannot be written was said.
     complained: AtomicBool,
     /// Those who get the output besides.
     attachers: Attachers,
+}
+
+struct State {
+    file: Option<File>,
+    taken: Taken,
 }
 
 /// A log that cannot be opened.
@@ -127,17 +133,12 @@ fn shorten(file: &mut File, count: usize) -> io::Result<()> {
 impl ContainerLog {
     /// Opens the log at `path`, making it; none means that the output is thrown away. `progress` is made too.
     pub fn open(path: Option<PathBuf>, progress: &Path) -> Result<Self, LogError> {
+        let kept = ProgressFile::open(progress, path.as_deref());
+        let (progress, taken) = kept.map_err(|source| LogError { path: progress.into(), source })?;
         let file = path.as_deref().map(open).transpose()?;
-        let progress = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(progress)
-            .map_err(|source| LogError { path: progress.into(), source })?;
         Ok(Self {
             path,
-            file: Mutex::new(file),
+            state: Mutex::new(State { file, taken }),
             progress,
             complained: AtomicBool::new(false),
             attachers: Attachers::default(),
@@ -148,7 +149,7 @@ impl ContainerLog {
     pub fn reopen(&self) -> Result<(), LogError> {
         if let Some(path) = &self.path {
             let file = open(path)?;
-            *self.file.lock() = Some(file);
+            self.state.lock().file = Some(file);
         }
         Ok(())
     }
@@ -160,18 +161,7 @@ impl ContainerLog {
 
     /// How many bytes of a stream are in the log.
     pub fn taken(&self, stream: LogStream) -> u64 {
-        let mut bytes = [0; 8];
-        match self.progress.read_exact_at(&mut bytes, stream.progress_offset()) {
-            Ok(()) => u64::from_le_bytes(bytes),
-            Err(_) => 0, // Nothing was written yet.
-        }
-    }
-
-    fn write(&self, entries: &[u8]) -> io::Result<()> {
-        match self.file.lock().as_mut() {
-            Some(file) => write_whole(file, entries, shorten),
-            None => Ok(()),
-        }
+        self.state.lock().taken[stream.index()]
     }
 
     /// Copies a stream into the log to the stream's end. What is in the log is acknowledged to the guest. An error says that
@@ -210,13 +200,34 @@ impl ContainerLog {
 
     /// Writes entries, with which the stream is in the log up to `total`.
     fn take(&self, entries: &[u8], stream: LogStream, total: u64) {
-        // A log that cannot be written loses its text, as it must not stop the container.
-        if let Err(error) = self.write(entries)
-            && !self.complained.swap(true, Ordering::Relaxed)
-        {
-            tracing::error!(path = ?self.path, %error, "container log cannot be written; its text is lost");
+        let mut state = self.state.lock();
+        let mut after = state.taken;
+        after[stream.index()] = total;
+        let written = self.write(&mut state, entries, after);
+        state.taken = after;
+        match written {
+            Ok(true) => return,
+            Ok(false) => {}
+            // A log that cannot be written loses its text, as it must not stop the container.
+            Err(error) if !self.complained.swap(true, Ordering::Relaxed) => {
+                tracing::error!(path = ?self.path, %error, "container log cannot be written; its text is lost");
+            }
+            Err(_) => {}
         }
-        if let Err(error) = self.progress.write_all_at(&total.to_le_bytes(), stream.progress_offset()) {
+        self.keep(Progress { taken: after, begun: None });
+    }
+
+    /// Writes entries, with which `after` is in the log. False: there is no log.
+    fn write(&self, state: &mut State, entries: &[u8], after: Taken) -> io::Result<bool> {
+        let Some(file) = &mut state.file else { return Ok(false) };
+        let metadata = file.metadata()?;
+        let begun = Begun { inode: metadata.ino(), size: metadata.len(), length: entries.len() as u64, after };
+        self.keep(Progress { taken: state.taken, begun: Some(begun) });
+        write_whole(file, entries, shorten).map(|()| true)
+    }
+
+    fn keep(&self, progress: Progress) {
+        if let Err(error) = self.progress.keep(progress) {
             tracing::warn!(%error, "the progress of a container log cannot be kept");
         }
     }
@@ -232,12 +243,12 @@ mod tests {
         let path = directory.path().join("sub/0.log");
         let log = ContainerLog::open(Some(path.clone()), &directory.path().join("progress")).expect("opened");
         assert!(path.exists());
-        log.write(b"one\n").expect("written");
+        log.take(b"one\n", LogStream::Stdout, 4);
         let old = directory.path().join("sub/0.log.1");
         std::fs::rename(&path, &old).expect("renamed");
         log.reopen().expect("reopened");
         assert!(path.exists());
-        log.write(b"two\n").expect("written");
+        log.take(b"two\n", LogStream::Stdout, 8);
         assert_eq!(std::fs::read(&old).expect("there"), b"one\n");
         assert_eq!(std::fs::read(&path).expect("there"), b"two\n");
     }
@@ -250,7 +261,7 @@ mod tests {
         std::fs::rename(directory.path().join("sub"), directory.path().join("moved")).expect("renamed");
         std::fs::write(directory.path().join("sub"), "in the way").expect("written");
         assert!(log.reopen().is_err());
-        log.write(b"more\n").expect("written");
+        log.take(b"more\n", LogStream::Stdout, 5);
         assert_eq!(std::fs::read(directory.path().join("moved/0.log")).expect("there"), b"more\n");
     }
 
@@ -323,6 +334,9 @@ mod tests {
         assert_eq!((log.taken(LogStream::Stderr), log.taken(LogStream::Stdout)), (11, 0));
         assert!(std::fs::read_to_string(&path).expect("text").ends_with(" stderr P rest\n"));
         assert_eq!(log.finish(11, LogStream::Stderr, &mut lines), 0);
+        drop(log);
+        let log = ContainerLog::open(Some(path), &directory.path().join("progress")).expect("opened");
+        assert_eq!((log.taken(LogStream::Stderr), log.taken(LogStream::Stdout)), (11, 0), "by a later daemon");
     }
 
     #[test]

@@ -1,0 +1,5 @@
+//! What runs for minutes in `make soak`, and for a round in the end-to-end tests.
+
+pub mod log;
+mod pod_life;
+pub mod pods;

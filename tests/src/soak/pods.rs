@@ -1,0 +1,184 @@
+//! Pods that come and go while VMMs and the daemon are killed at random.
+//!
+//! A round is some pods at once, each from its creation to its removal, by a client that asks again as the kubelet does when its
+//! call is cut off. One thing is killed in each round. All must be as if nothing had happened, but for the pod whose VMM it was, which
+//! must be told of as what it is. After each round nothing may be left on the node.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures_util::future::join_all;
+use isopod_cri_server::cri;
+use rustix::process::Signal;
+use tokio::time::sleep;
+
+use super::pod_life::{self, World};
+use crate::fixture::{BUSYBOX, Daemon, TestPod, eventually};
+use crate::process_memory::private_bytes_outside_guest;
+
+/// Pods of a round, as many as an emulated node of 3 GiB has memory for.
+pub const AT_ONCE: usize = 5;
+/// Within this from the beginning of a round something is killed; a round takes somewhat longer.
+const ROUND: Duration = Duration::from_secs(40);
+/// How long a sandbox may be shown as ready after its VMM was killed, on an emulated machine under load.
+const NOTICE: Duration = Duration::from_secs(10);
+/// What the daemon may grow from the first round that it has seen whole.
+const SLACK: u64 = 4 << 20;
+
+/// What was done, and how it went.
+#[derive(Debug, Default)]
+pub struct Report {
+    rounds: u32,
+    pods: usize,
+    daemons_killed: u32,
+    vmms_killed: u32,
+    /// From the kill of a VMM to its sandbox being shown as not ready.
+    noticed: Vec<Duration>,
+    /// From the start of a daemon to its first answer, with the pods of a round.
+    restarts: Vec<Duration>,
+    /// Private bytes of the daemon at the end.
+    memory: u64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default().as_millis();
+        let Self { rounds, pods, daemons_killed, vmms_killed, noticed, restarts, memory } = self;
+        write!(
+            formatter,
+            "pods: {pods} in {rounds} rounds, {vmms_killed} VMMs and {daemons_killed} daemons killed; a dead VMM noticed within {} ms, \
+             a daemon back within {} ms; {:.1} MiB at the end; no other failure, nothing left",
+            longest(noticed),
+            longest(restarts),
+            *memory as f64 / f64::from(1 << 20),
+        )
+    }
+}
+
+/// Numbers that look random (xorshift); the same for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Rounds for `duration`, at least one for each thing that is killed.
+pub async fn run(duration: Duration, at_once: usize) -> Result<Report> {
+    let seed = std::process::id().into();
+    println!("soak: the seed is {seed}");
+    let mut random = Random(seed);
+    let mut daemon = Daemon::start(|_| ()).await?;
+    let cri = daemon.cri().await?;
+    cri.pull(BUSYBOX).await?;
+    let world = World::new(cri);
+    let mut report = Report::default();
+    let (start, mut first) = (Instant::now(), None);
+    while start.elapsed() < duration || report.daemons_killed == 0 || report.vmms_killed == 0 {
+        let after = Duration::from_millis(random.below(ROUND.as_millis() as u64));
+        let (kind, choice) = (random.below(2), random.below(1 << 32) as usize);
+        let pods = join_all((0..at_once).map(|_| pod_life::live(&world)));
+        let kill = async {
+            sleep(after).await;
+            match kind {
+                0 => kill_daemon(&mut daemon, &world, &mut report).await,
+                _ => kill_vmm(&daemon, &world, &mut report, choice).await,
+            }
+        };
+        let (pods, killed) = tokio::join!(pods, kill);
+        killed?;
+        pods.into_iter().collect::<Result<()>>()?;
+        report.rounds += 1;
+        report.pods += at_once;
+        nothing_is_left(&daemon, &world).await?;
+        report.memory = private_bytes_outside_guest(daemon.pid(), u64::MAX)?;
+        let least = *first.get_or_insert(report.memory);
+        ensure!(report.memory <= least + SLACK, "the daemon had {least} bytes, and has {}", report.memory);
+    }
+    Ok(report)
+}
+
+async fn kill_daemon(daemon: &mut Daemon, world: &World, report: &mut Report) -> Result<()> {
+    daemon.end(Signal::KILL).await?;
+    let start = Instant::now();
+    daemon.restart().await?;
+    report.restarts.push(start.elapsed());
+    report.daemons_killed += 1;
+    world.reconnect(daemon.cri().await?).await;
+    Ok(())
+}
+
+/// Kills one of the VMMs, if there is one.
+async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: usize) -> Result<()> {
+    let mut sandboxes = world.cri().await.sandboxes(None).await?;
+    sandboxes.retain(|sandbox| sandbox.state() == cri::PodSandboxState::SandboxReady);
+    if sandboxes.is_empty() {
+        return Ok(());
+    }
+    let id = sandboxes.swap_remove(choice % sandboxes.len()).id;
+    let directory = daemon.state.join("sandboxes").join(&id[..12]);
+    world.doom(&id).await;
+    // It may be stopped at this moment by its own client.
+    let Some(vmm) = daemon.vmms().into_iter().find(|vmm| log_of(vmm).is_some_and(|log| log.starts_with(&directory)))
+    else {
+        return Ok(());
+    };
+    let killed = Command::new("kill").arg("-KILL").args(vmm.file_name()).status()?;
+    let start = Instant::now();
+    if !killed.success() {
+        return Ok(());
+    }
+    eventually("end of a sandbox whose VMM was killed", NOTICE, async || {
+        let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
+        match world.cri().await.runtime.pod_sandbox_status(request).await {
+            Ok(answer) => (answer.into_inner().status?.state() == cri::PodSandboxState::SandboxNotready).then_some(()),
+            // Its client has removed it in the meantime.
+            Err(status) => (status.code() == tonic::Code::NotFound).then_some(()),
+        }
+    })
+    .await?;
+    report.noticed.push(start.elapsed());
+    report.vmms_killed += 1;
+    Ok(())
+}
+
+fn log_of(vmm: &Path) -> Option<std::path::PathBuf> {
+    fs::read_link(vmm.join("fd/1")).ok()
+}
+
+/// All pods are removed: the daemon shows none, and the node has nothing of one.
+async fn nothing_is_left(daemon: &Daemon, world: &World) -> Result<()> {
+    let cri = world.cri().await;
+    let (sandboxes, containers) = (cri.sandboxes(None).await?, cri.containers(None).await?);
+    ensure!(sandboxes.is_empty() && containers.is_empty(), "still there: {sandboxes:?} {containers:?}");
+    ensure!(daemon.vmms().is_empty(), "VMMs: {:?}", daemon.vmms());
+    let left = |directory: &Path| -> Result<Vec<String>> {
+        let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        let names: Vec<String> = names.collect::<Result<_>>()?;
+        Ok(names.into_iter().filter(|name| !name.starts_with("template-")).collect())
+    };
+    for directory in [daemon.state.join("sandboxes"), daemon.directory.path().join("root/scratch"), daemon.ports()] {
+        let names = left(&directory)?;
+        ensure!(names.is_empty(), "left in {}: {names:?}", directory.display());
+    }
+    for id in world.take_ids().await {
+        ensure!(!Path::new("/sys/fs/cgroup/isopod").join(format!("isopod-{id}")).exists(), "left: the cgroup of {id}");
+    }
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count();
+    ensure!(descriptors < 100, "the daemon has {descriptors} descriptors open without a pod");
+    Ok(())
+}
+
+/// A pod that nobody else has.
+pub(super) fn config() -> cri::PodSandboxConfig {
+    TestPod::config("soak")
+}
