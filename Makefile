@@ -65,10 +65,12 @@ bench: all fixtures
 bench-images:
 	@tests/bench/images $(or $(MB),300) $(or $(RUNS),1)
 
-## make soak MINUTES=x  a log that is written and rotated for so long: no line lost or doubled, and the daemon's memory flat
+## make soak MINUTES=x  for so long each: a log that is written and rotated, no line lost or doubled, the daemon's memory flat; and
+##                  pods that come and go while VMMs and the daemon are killed
 soak: all fixtures
 	@$(CARGO) build --release --locked -p isopod-tests --bin soak
-	@tests/node/run --timeout $$(($(MINUTES) * 60 + 600)) -- tests/session "$$(realpath "$(TARGET)/release/soak")" $(MINUTES)
+	@for what in log pods; do tests/node/run --timeout $$(($(MINUTES) * 60 + 900)) -- \
+		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what $(MINUTES) || exit; done
 
 ## make lint        formatting and clippy
 lint:

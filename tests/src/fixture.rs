@@ -10,7 +10,7 @@ mod kubelet;
 mod pod;
 
 pub use client::Cri;
-pub use daemon::Daemon;
+pub use daemon::{Daemon, vmms_below};
 pub use kubelet::Kubelet;
 pub use pod::{LogLine, Output, TestContainer, TestPod, shell};
 
