@@ -6,7 +6,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 MINUTES ?= 10
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench soak bench-images node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench soak fuzz bench-images node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -72,8 +72,13 @@ soak: all fixtures
 	@for what in log pods; do tests/node/run --timeout $$(($(MINUTES) * 60 + 900)) -- \
 		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what $(MINUTES) || exit; done
 
+## make fuzz SECONDS=x  every parser of hostile bytes under a fuzzer, for so long each (30); what is found is in fuzz/artifacts
+fuzz:
+	@fuzz/run $(or $(SECONDS),30) $(TEST)
+
 ## make lint        formatting and clippy
 lint:
+	@tests/setup/packages gcc g++ libc6-dev
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 

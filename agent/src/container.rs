@@ -9,7 +9,7 @@
 //! the process, not by the state. Removal is the one place that releases what creation made.
 
 mod image_volume;
-mod plan;
+pub(crate) mod plan;
 mod program;
 mod rootfs;
 

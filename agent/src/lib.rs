@@ -18,6 +18,8 @@ mod device_mapper;
 mod devices;
 mod disk;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod hello;
 mod launch;
 mod layout;

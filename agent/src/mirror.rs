@@ -7,7 +7,7 @@
 //! one component below a directory that is open, and no link is followed.
 
 mod apply;
-mod entry;
+pub(crate) mod entry;
 
 use std::collections::HashMap;
 use std::fs;

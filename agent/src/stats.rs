@@ -3,7 +3,7 @@
 mod counters;
 mod descriptors;
 mod rate;
-mod text;
+pub(crate) mod text;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

@@ -12,7 +12,7 @@ use crate::error::{Context as _, Error, Result};
 const MAX_NAME: usize = 256;
 
 /// The path below /proc/sys of a sysctl's name in either of sysctl(8)'s forms: "net.ipv4.ip_forward", or with slashes.
-fn path_of(name: &str) -> Result<String> {
+pub(crate) fn path_of(name: &str) -> Result<String> {
     let refused = || Error::invalid(format!("the sysctl name {name:?} is not valid"));
     let path: String = match name.find(['.', '/']) {
         // In the dot form a slash stands for a dot in a component, such as in the name of an interface.

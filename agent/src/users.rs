@@ -54,7 +54,7 @@ fn read_file(root: BorrowedFd<'_>, path: &str) -> Result<Vec<u8>> {
 }
 
 /// The same, from the two files' contents.
-fn resolve_in(passwd: &[u8], group: &[u8], request: &User) -> Result<Identity> {
+pub(crate) fn resolve_in(passwd: &[u8], group: &[u8], request: &User) -> Result<Identity> {
     let User { user, supplemental_groups, strict_groups } = request;
     let (user_part, group_part) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group)),

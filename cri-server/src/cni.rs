@@ -5,9 +5,9 @@
 
 mod attachment;
 mod capabilities;
-mod list;
+pub(crate) mod list;
 mod plugin;
-mod result;
+pub(crate) mod result;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -11,7 +11,7 @@ mod capabilities;
 pub mod log;
 mod process;
 mod resources;
-mod seccomp;
+pub(crate) mod seccomp;
 mod signal;
 mod supported;
 mod user_namespace;
@@ -184,7 +184,7 @@ impl ContainerRecord {
         std::iter::once(self.disk()).chain(volumes)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn for_tests(id: ObjectId, sandbox: ObjectId) -> Self {
         Self {
             id,

@@ -1,11 +1,11 @@
 //! The CRI services: thin handlers between the wire and the rest of the daemon.
 
 mod convert;
-mod counters;
+pub(crate) mod counters;
 mod image;
 mod import;
 mod info;
-mod metrics;
+pub(crate) mod metrics;
 mod runtime;
 pub mod status;
 

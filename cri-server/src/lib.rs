@@ -19,6 +19,8 @@ pub mod cri;
 pub mod daemon;
 pub mod events;
 pub mod ext4;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 pub mod grpc;
 pub mod guest;
 pub mod image_command;

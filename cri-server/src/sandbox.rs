@@ -112,7 +112,7 @@ impl SandboxRecord {
         KnownPod { sandbox: self.id.clone(), config: self.config.clone(), network: self.network.clone() }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn for_tests(id: ObjectId) -> Self {
         Self {
             id,

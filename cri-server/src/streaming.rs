@@ -12,10 +12,10 @@ mod http;
 mod port_forward;
 pub mod remote_command;
 pub mod requests;
-mod spdy;
+pub(crate) mod spdy;
 mod status;
 pub mod stream;
-mod websocket;
+pub(crate) mod websocket;
 
 use std::io;
 use std::net::SocketAddr;

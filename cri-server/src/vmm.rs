@@ -13,7 +13,7 @@
 
 mod control;
 mod process;
-mod stat;
+pub(crate) mod stat;
 mod threads;
 
 use std::io;

@@ -17,6 +17,6 @@ pub mod empty_dir;
 pub mod host;
 pub mod kubelet;
 pub mod mirror;
-mod mountinfo;
+pub(crate) mod mountinfo;
 pub mod plan;
 pub mod server;

@@ -20,6 +20,8 @@
 
 pub mod broker;
 mod fuse;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod handles;
 pub mod jail;
 mod nodes;

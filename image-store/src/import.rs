@@ -3,8 +3,8 @@
 //! The archive is hostile as a registry is: its files are bounded while they are put aside, its documents are read by the parsers
 //! that a pull uses, and its layers go through the pipeline that a pull's do, digests and limits included.
 
-mod archive;
-mod documents;
+pub(crate) mod archive;
+pub(crate) mod documents;
 
 use std::io::Read;
 use std::sync::Arc;

@@ -2,6 +2,8 @@
 
 mod archive;
 mod convert;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod pipeline;
 
 use std::io;
@@ -12,6 +14,8 @@ use crate::digest::Digest;
 
 pub(crate) use self::archive::{TarKind, TarReader};
 use self::convert::convert;
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::pipeline::inflate_pieces;
 pub(crate) use self::pipeline::{BlobSender, LayerJob, start, sync_parent};
 pub use self::pipeline::{ConvertReport, convert_blob};
 

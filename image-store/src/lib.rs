@@ -16,6 +16,8 @@ mod auth;
 mod config;
 mod digest;
 mod erofs;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod image;
 mod import;
 mod layer;

@@ -6,10 +6,10 @@
 //! where a redirect leads, but to the token service that the host names; and a host that does not accept them is never asked
 //! again without.
 
-mod challenge;
+pub(crate) mod challenge;
 mod client;
 mod error;
-mod hosts;
+pub(crate) mod hosts;
 mod request;
 mod retry;
 mod server;

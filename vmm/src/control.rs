@@ -1,6 +1,6 @@
 //! The control socket, and the event loop that serves it until the VM is over.
 
-mod connection;
+pub(crate) mod connection;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

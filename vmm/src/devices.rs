@@ -5,11 +5,13 @@
 //! the queue, and a guest that breaks the ring itself loses its device and nothing else.
 
 mod chain;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod queue;
 mod sys;
 #[cfg(test)]
 mod testing;
-mod worker;
+pub(crate) mod worker;
 
 pub mod block;
 pub mod fs;

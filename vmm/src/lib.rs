@@ -16,6 +16,8 @@ pub mod control;
 mod cpuid;
 pub mod devices;
 pub mod exit;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod io_bus;
 mod irq;
 pub mod jail;

@@ -65,7 +65,20 @@ pub fn open(name: &str) -> Result<OwnedFd, TapError> {
     Ok(tap)
 }
 
+#[cfg(not(feature = "fuzzing"))]
 pub(crate) use sys::{set_header_size, set_offloads};
+
+/// The fuzzer's tap is a socket, which has no such settings.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn set_header_size(_: &OwnedFd, _: usize) -> io::Result<()> {
+    Ok(())
+}
+
+/// As above.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn set_offloads(_: &OwnedFd, _: u32) -> io::Result<()> {
+    Ok(())
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,9 +4,9 @@
 //! program that the agent loads. The guest never sees a profile.
 
 mod bpf;
-mod compile;
+pub(crate) mod compile;
 mod default;
-mod profile;
+pub(crate) mod profile;
 mod table;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! SPDY/3.1 as the kubelet and crictl speak it: frames, compressed headers, and the connection made of them.
 
 mod connection;
-mod frame;
-mod headers;
+pub(crate) mod frame;
+pub(crate) mod headers;
 
 pub use connection::{Stream, serve};
 

@@ -39,7 +39,7 @@ pub struct Protocol {
 }
 
 /// The versions, the best one first.
-const PROTOCOLS: [Protocol; 5] = [
+pub(crate) const PROTOCOLS: [Protocol; 5] = [
     Protocol { name: "v5.channel.k8s.io", base64: false, json: true, close: true },
     Protocol { name: "v4.channel.k8s.io", base64: false, json: true, close: false },
     Protocol { name: "v4.base64.channel.k8s.io", base64: true, json: true, close: false },

@@ -15,7 +15,7 @@ const BUFFER: usize = 256 << 10;
 const MAX_LINKS: usize = 8;
 
 /// The regular files of an archive, by their names.
-pub(super) struct Archive {
+pub(crate) struct Archive {
     /// The contents of all files, one after the other.
     spool: File,
     files: HashMap<String, Span>,
@@ -23,14 +23,14 @@ pub(super) struct Archive {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Span {
+pub(crate) struct Span {
     offset: u64,
     pub length: u64,
 }
 
 impl Archive {
     /// Reads the archive to its end, into the empty file `spool`. The tar may be compressed.
-    pub(super) fn read(input: impl Read, spool: File, limits: &Limits) -> Result<Self, LayerError> {
+    pub(crate) fn read(input: impl Read, spool: File, limits: &Limits) -> Result<Self, LayerError> {
         let (mut input, mut start) = (input, Vec::new());
         let first = (&mut input).take(4).read_to_end(&mut start);
         first.map_err(|source| LayerError::Input { source })?;
@@ -91,7 +91,7 @@ impl Archive {
     }
 
     /// Where the file is.
-    pub(super) fn find(&self, name: &str) -> Option<Span> {
+    pub(crate) fn find(&self, name: &str) -> Option<Span> {
         let mut name = resolve("", name)?;
         for _ in 0..MAX_LINKS {
             if let Some(span) = self.files.get(&name) {
@@ -103,7 +103,7 @@ impl Archive {
     }
 
     /// Reads the file's next bytes from `position` on. 0 is its end.
-    pub(super) fn read_at(&self, span: Span, position: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read_at(&self, span: Span, position: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let left = usize::try_from(span.length.saturating_sub(position)).unwrap_or(usize::MAX);
         let length = buffer.len().min(left);
         if length > 0 {

@@ -16,7 +16,7 @@ const OCI_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// An image of an OCI layout (image-spec, image-layout.md "index.json").
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct LayoutImage {
+pub(crate) struct LayoutImage {
     /// Of its manifest or index.
     pub digest: Digest,
     /// A name, or a tag alone.
@@ -26,7 +26,7 @@ pub(super) struct LayoutImage {
 /// An image of `docker save` (moby's image/spec, "manifest.json").
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub(super) struct SavedImage {
+pub(crate) struct SavedImage {
     /// The file with its configuration.
     pub config: String,
     /// Its names.
@@ -54,7 +54,7 @@ struct RawDescriptor {
 }
 
 /// The images that `index.json` names and that can be for this platform.
-pub(super) fn layout(bytes: &[u8]) -> Result<Vec<LayoutImage>, String> {
+pub(crate) fn layout(bytes: &[u8]) -> Result<Vec<LayoutImage>, String> {
     let index: RawIndex = serde_json::from_slice(bytes).map_err(|error| format!("index.json: {error}"))?;
     if index.manifests.len() > MAX_IMAGES {
         return Err(format!("index.json: more than {MAX_IMAGES} images"));
@@ -70,7 +70,7 @@ pub(super) fn layout(bytes: &[u8]) -> Result<Vec<LayoutImage>, String> {
 }
 
 /// The images that `manifest.json` names.
-pub(super) fn saved(bytes: &[u8]) -> Result<Vec<SavedImage>, String> {
+pub(crate) fn saved(bytes: &[u8]) -> Result<Vec<SavedImage>, String> {
     let images: Vec<SavedImage> = serde_json::from_slice(bytes).map_err(|error| format!("manifest.json: {error}"))?;
     match images.len() > MAX_IMAGES || images.iter().any(|image| image.repo_tags.len() > MAX_IMAGES) {
         true => Err(format!("manifest.json: more than {MAX_IMAGES} images or names")),

@@ -358,6 +358,19 @@ fn check_digest(
     }
 }
 
+/// Inflates a blob that comes in `pieces`, for the fuzzer. Gives the bytes that came out.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn inflate_pieces(pieces: Vec<Bytes>, limits: &Limits) -> Result<u64, LayerError> {
+    let (sender, blob) = mpsc::channel(pieces.len() + 1);
+    for message in pieces.into_iter().map(Message::Data).chain([Message::End]) {
+        sender.try_send(message).unwrap_or_else(|_| unreachable!("there is room for all"));
+    }
+    // Room for all that is within the limit.
+    let (chunk_sender, chunks) = sync_channel(limits.max_layer_bytes as usize / CHUNK + 2);
+    inflate(blob, &chunk_sender, None, limits)?;
+    Ok(chunks.try_iter().map(|chunk| if let Chunk::Data(data) = chunk { data.len() as u64 } else { 0 }).sum())
+}
+
 /// Holds what came out so far against the limits.
 fn check_size(inflated: u64, compressed: u64, limits: &Limits) -> Result<(), LayerError> {
     if inflated > limits.max_layer_bytes {

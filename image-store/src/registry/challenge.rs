@@ -2,13 +2,13 @@
 
 /// What a registry asks for.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Challenge {
+pub(crate) enum Challenge {
     Basic,
     Bearer { realm: String, service: Option<String>, scope: Option<String> },
 }
 
 /// The first challenge in a header's value that we can meet.
-pub(super) fn parse(value: &str) -> Option<Challenge> {
+pub(crate) fn parse(value: &str) -> Option<Challenge> {
     let (scheme, parameters) = value.trim().split_once(' ').unwrap_or((value.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
         return Some(Challenge::Basic);

@@ -4,7 +4,7 @@
 //! where containerd goes on as if there were none and asks the registry itself; an `http://` host is asked over HTTP also if it
 //! has TLS settings; one client certificate a host.
 
-mod parse;
+pub(crate) mod parse;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -22,7 +22,7 @@ const MAX_PEM_FILE: u64 = 4 << 20;
 
 /// A host that a registry is reached through.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Host {
+pub(crate) struct Host {
     /// Where its API is, such as `https://mirror.example/v2`. `None`: the registry itself.
     pub api: Option<Url>,
     /// It may give the contents of a digest.

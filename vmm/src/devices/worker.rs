@@ -85,6 +85,11 @@ impl Worker {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         poll.add(stop.as_fd(), STOP, EventFlags::IN)?;
         handler.register(&poll)?;
+        #[cfg(feature = "fuzzing")]
+        if true {
+            inline::start(poll, interrupt, handler);
+            return Ok(Self { stop, thread: None });
+        }
         let device = name.to_owned();
         let thread = Builder::new().name(name.to_owned()).spawn(move || {
             seccomp::confine_started(H::THREAD);
@@ -100,10 +105,62 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        #[cfg(feature = "fuzzing")]
+        inline::stop();
         let Some(thread) = self.thread.take() else { return };
         rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("an eventfd that is written once takes a write");
         // A worker that panicked has ended, which is all that is wanted here; the panic hook has told of it.
         let _ = thread.join();
+    }
+}
+
+/// In place of the thread, for the fuzzer: the worker started last runs when it is told to, in the thread that tells it.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod inline {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Turns at once; a guest can keep a worker busy for as long as it likes.
+    const TURNS: usize = 32;
+
+    thread_local! {
+        static RUNNING: RefCell<Option<Box<dyn FnMut() -> bool>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn start<H: Handler>(poll: Poll, interrupt: Arc<dyn Interrupt>, mut handler: H) {
+        let mut events = Vec::with_capacity(BATCH);
+        let mut turns = move || -> Result<(), Fault> {
+            for _ in 0..TURNS {
+                handler.idle(&poll)?;
+                events.clear();
+                let timeout = Timespec { tv_sec: 0, tv_nsec: 0 };
+                epoll::wait(&poll.epoll, spare_capacity(&mut events), Some(&timeout)).expect("epoll works");
+                if events.is_empty() {
+                    break;
+                }
+                for event in &events {
+                    let (token, flags) = (event.data.u64(), event.flags);
+                    handler.ready(&poll, token, flags)?;
+                }
+            }
+            Ok(())
+        };
+        let run =
+            move || turns().or_else(|_| interrupt.device_needs_reset().and(Err(io::Error::other("fault")))).is_ok();
+        RUNNING.set(Some(Box::new(run)));
+    }
+
+    pub(super) fn stop() {
+        RUNNING.take();
+    }
+
+    /// Lets the worker do what there is to do.
+    pub(crate) fn run() {
+        let Some(mut worker) = RUNNING.take() else { return };
+        if worker() {
+            RUNNING.set(Some(worker));
+        }
     }
 }
 

@@ -32,6 +32,7 @@ pub(crate) fn set_header_size(tap: &OwnedFd, bytes: usize) -> io::Result<()> {
     checked(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const bytes) })
 }
 
+#[cfg(not(feature = "fuzzing"))]
 /// Sets the offloads: what packets without checksum, and longer than the MTU, may be read from `tap`.
 pub(crate) fn set_offloads(tap: &OwnedFd, flags: u32) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes flags and no address.

@@ -203,7 +203,7 @@ pub fn put_data(out: &mut BytesMut, id: u32, bytes: &[u8], fin: bool) {
 }
 
 /// What a client sends to open a stream.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub fn put_syn_stream(out: &mut BytesMut, id: u32, block: &[u8]) {
     put_control(out, SYN_STREAM, &[&id.to_be_bytes(), &[0; 6], block]);
 }

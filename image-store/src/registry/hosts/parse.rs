@@ -17,7 +17,7 @@ const MAX_CONNECT: Duration = Duration::from_secs(600);
 
 /// What a file says.
 #[derive(Debug, PartialEq)]
-pub(super) struct Parsed {
+pub(crate) struct Parsed {
     /// In the order to try them; the last one is the file's `server`.
     pub hosts: Vec<Host>,
     /// Keys that mean nothing to us. containerd passes over them as well.
@@ -25,7 +25,7 @@ pub(super) struct Parsed {
 }
 
 /// Takes the text of `file` apart. Paths in it are relative to the file's directory.
-pub(super) fn parse(text: &str, file: &Path) -> Result<Parsed, RegistryError> {
+pub(crate) fn parse(text: &str, file: &Path) -> Result<Parsed, RegistryError> {
     let table: Table = toml::from_str(text)
         .map_err(|source| RegistryError::Syntax { path: file.to_owned(), source: Box::new(source) })?;
     let root = Section { file, prefix: String::new(), table: &table };
