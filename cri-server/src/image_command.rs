@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Subcommand;
-use hyper_util::rt::TokioIo;
 use indicatif::{ProgressBar, ProgressStyle};
 use isopod_image_store::{Auth, ImageStore, Progress};
-use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
+use crate::client::{connect, said};
 use crate::config::Config;
 use crate::cri::image_service_client::ImageServiceClient;
 use crate::cri::{AuthConfig, ImageSpec, ListImagesRequest, MAX_MESSAGE, PullImageRequest, RemoveImageRequest};
@@ -106,33 +105,12 @@ pub async fn run(command: ImageCommand, config: &Config) -> anyhow::Result<()> {
     }
 }
 
-/// A connection to the daemon; `None` if none runs.
-async fn connect(socket: &Path) -> anyhow::Result<Option<Channel>> {
-    use std::io::ErrorKind::{ConnectionRefused, NotFound};
-    match UnixStream::connect(socket).await {
-        Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => return Ok(None),
-        tried => drop(tried.with_context(|| format!("cannot connect to {}", socket.display()))?),
-    }
-    let path = socket.to_owned();
-    let connector = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    let channel = Endpoint::from_static("http://isopod").connect_with_connector(connector).await;
-    channel.map(Some).with_context(|| format!("cannot connect to {}", socket.display()))
-}
-
 fn service(channel: &Channel) -> ImageServiceClient<Channel> {
     ImageServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE)
 }
 
 fn spec(image: &str) -> Option<ImageSpec> {
     Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() })
-}
-
-/// What the daemon says, without the rest of the status.
-fn said(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
 }
 
 impl Images {

@@ -10,6 +10,7 @@
 
 pub mod cgroup;
 pub mod check;
+mod client;
 pub mod cni;
 pub mod config;
 pub mod container;
@@ -31,6 +32,7 @@ pub mod network;
 mod object_id;
 pub mod runtime;
 pub mod sandbox;
+pub mod stop_all;
 pub mod store;
 pub mod streaming;
 mod tools;

@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -10,6 +11,7 @@ use isopod_cri_server::check::{self, Finding};
 use isopod_cri_server::config::{self, Config};
 use isopod_cri_server::daemon;
 use isopod_cri_server::image_command::{self, ImageCommand};
+use isopod_cri_server::stop_all;
 
 const DEFAULT_CONFIG: &str = "/etc/isopod/isopod.toml";
 
@@ -33,6 +35,12 @@ enum Command {
     /// Import, list, remove and pull images.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Stop every pod of this node: those of kube-system after the others.
+    StopAll {
+        /// Seconds from asking a container to end to killing it.
+        #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=86400))]
+        grace: u64,
+    },
     /// Show configurations.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -75,6 +83,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             // A thread may still wait for standard input.
             runtime.shutdown_background();
             result.map(|()| ExitCode::SUCCESS)
+        }
+        Command::StopAll { grace } => {
+            let config = load(arguments.config.as_deref())?;
+            let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+            runtime.block_on(stop_all::run(&config, Duration::from_secs(grace))).map(|()| ExitCode::SUCCESS)
         }
         Command::Daemon => {
             let config = load(arguments.config.as_deref())?;

@@ -28,6 +28,7 @@ mod projected;
 mod restart;
 mod security;
 mod stats;
+mod stop_all;
 mod streaming;
 mod terminals;
 mod update;
