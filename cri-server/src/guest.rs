@@ -106,6 +106,14 @@ pub enum GuestError {
         #[source]
         source: FrameError,
     },
+    /// The guest answered with something that cannot be.
+    #[error("{call} in the guest gave {what}")]
+    Impossible {
+        /// What was asked.
+        call: &'static str,
+        /// What it said.
+        what: String,
+    },
     /// The agent is of another version.
     #[error("the agent speaks version {found} of the agent protocol, the daemon {AGENT_PROTOCOL_VERSION}")]
     Version {
@@ -140,7 +148,7 @@ impl GuestError {
             Self::GivenUp { .. } | Self::VmEnded { .. } | Self::Connection { .. } | Self::Handshake { .. } => {
                 ErrorKind::Unavailable
             }
-            Self::Malformed { .. } => ErrorKind::Corrupt,
+            Self::Malformed { .. } | Self::Impossible { .. } => ErrorKind::Corrupt,
             Self::Version { .. } => ErrorKind::FailedPrecondition,
         }
     }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fixture;
+pub mod hostile;
 pub mod kvm_trace;
 pub mod microvm;
 pub mod process_memory;

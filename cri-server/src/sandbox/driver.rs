@@ -13,6 +13,7 @@ use isopod_proto::agent::{StatsRequest, StatsResponse, WaitProcessResponse};
 use isopod_proto::{DiskId, ObjectId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
@@ -30,7 +31,7 @@ use crate::container::{ContainerRecord, ContainerState};
 use crate::context::Context;
 use crate::cri;
 use crate::grpc::status::chain;
-use crate::guest::{Guest, GuestError, SHORT};
+use crate::guest::{Guest, GuestError, LONG, SHORT};
 use crate::streaming::requests::Wanted;
 use crate::vmm::{Vm, VmEnd};
 
@@ -120,6 +121,9 @@ impl Container {
     }
 }
 
+/// What a call of the guest has at least, when those before it have taken all the time there was.
+const LAST_CHANCE: Duration = Duration::from_secs(2);
+
 /// See the module's documentation.
 pub struct Driver {
     pub(super) context: Arc<Context>,
@@ -140,6 +144,8 @@ pub struct Driver {
     pub(super) sender: mpsc::UnboundedSender<Event>,
     /// It is taken over from an earlier daemon: what that one left in the guest is not known yet.
     pub(super) taken_over: bool,
+    /// Until when the guest may take its time with what the driver is at: all calls of one command together have one deadline.
+    pub(super) patience: Instant,
     /// Set when a stop waits for what the driver is at. It stays set, as a sandbox that is stopped never runs again.
     pub(super) stopping: CancellationToken,
 }
@@ -170,6 +176,7 @@ impl Driver {
             events,
             sender,
             taken_over: false,
+            patience: Instant::now() + LONG,
             stopping: CancellationToken::new(),
         }
     }
@@ -179,13 +186,16 @@ impl Driver {
         self.stopping.clone()
     }
 
-    /// [`Guest::call`], given up when the sandbox is to be stopped.
+    /// [`Guest::call`], given up when the sandbox is to be stopped. `deadline` is less where earlier calls of the same command
+    /// have taken too long: what is undone after a call that was not answered is not waited for as long again.
     pub(super) async fn call<T>(
         &self,
         call: &'static str,
         deadline: Duration,
         answer: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, GuestError> {
+        let left = self.patience.saturating_duration_since(Instant::now()).max(LAST_CHANCE);
+        let deadline = deadline.min(left);
         let answer = tokio::select! {
             answer = Guest::call(call, deadline, answer) => answer,
             () = self.stopping.cancelled() => return Err(GuestError::GivenUp { call }),
@@ -292,7 +302,10 @@ impl Driver {
         loop {
             tokio::select! {
                 biased;
-                Some(event) = self.events.recv() => self.handle(event).await,
+                Some(event) = self.events.recv() => {
+                    self.patience = Instant::now() + LONG;
+                    self.handle(event).await;
+                }
                 Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {}
                 command = commands.recv() => match command {
                     Some(command) => {
@@ -308,6 +321,7 @@ impl Driver {
 
     /// Carries a command out. True: the sandbox is removed.
     async fn execute(&mut self, command: Command) -> bool {
+        self.patience = Instant::now() + LONG;
         // A reply fails if its client has gone, which is no concern of the sandbox.
         match command {
             Command::Stop(reply) => {

@@ -11,7 +11,7 @@ use super::driver::{Container, Driver};
 use super::operations::SIGKILL;
 use super::{SandboxError, SandboxPhase, now, resources};
 use crate::grpc::status::chain;
-use crate::guest::{Guest, SHORT};
+use crate::guest::{Guest, GuestError, SHORT};
 use crate::vmm::{self, VmEnd};
 
 /// How long all containers of a stopped sandbox may take.
@@ -36,9 +36,10 @@ impl Driver {
         }
     }
 
-    /// Kills all of `ids`, though the sandbox is to be stopped.
-    async fn kill_all(&self, ids: &[ObjectId]) {
-        let Ok(up) = self.up() else { return };
+    /// Kills all of `ids`, though the sandbox is to be stopped. Whether the guest has answered.
+    async fn kill_all(&self, ids: &[ObjectId]) -> bool {
+        let Ok(up) = self.up() else { return false };
+        let mut answered = false;
         let kill = |id: &ObjectId| {
             let (mut client, process_id) = (up.guest.client(), id.to_string());
             async move {
@@ -47,11 +48,13 @@ impl Driver {
             }
         };
         for result in futures_util::future::join_all(ids.iter().map(kill)).await {
+            answered |= !matches!(result, Err(GuestError::Deadline { .. }));
             if let Err(error) = result {
                 // It may just have ended. If not, it is killed with the VM.
                 tracing::info!(error = chain(&error), "a container of a stopped sandbox was not killed");
             }
         }
+        answered
     }
 
     /// StopPodSandbox.
@@ -63,8 +66,10 @@ impl Driver {
                 .filter(|container| container.is_running())
                 .map(|c| c.record.id.clone())
                 .collect();
-            self.kill_all(&running).await;
-            self.until_ended(&running, STOP_DEADLINE, CancellationToken::new()).await;
+            // A guest that does not answer will not tell of their end either.
+            if self.kill_all(&running).await {
+                self.until_ended(&running, STOP_DEADLINE, CancellationToken::new()).await;
+            }
             self.power_off().await;
             self.vm_ended(&VmEnd { message: "the sandbox was stopped".to_owned(), console: String::new() }).await;
         }
@@ -76,26 +81,39 @@ impl Driver {
         self.save().await
     }
 
-    /// Asks the guest to power off, then the VMM to stop; what is left after that is killed when it is released.
+    /// Asks the guest to power off, then the VMM to stop, then kills it.
     async fn power_off(&mut self) {
         let Some(up) = self.up.clone() else { return };
         let mut client = up.guest.client();
-        tokio::select! {
-            answer = Guest::call("Shutdown", POWER_OFF_DEADLINE, client.shutdown(ShutdownRequest {})) => {
+        let answer = tokio::select! {
+            answer = Guest::call("Shutdown", POWER_OFF_DEADLINE, client.shutdown(ShutdownRequest {})) => answer,
+            _ = up.vm.ended() => return,
+        };
+        match answer {
+            // Nor will it power off.
+            Err(error @ GuestError::Deadline { .. }) => tracing::warn!(%error, "the guest does not power off"),
+            answer => {
                 if let Err(error) = answer {
                     tracing::debug!(%error, "the guest did not say that it powers off");
                 }
+                if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_ok() {
+                    return;
+                }
+                tracing::warn!("the guest does not power off; its VM is stopped");
             }
-            _ = up.vm.ended() => return,
         }
-        if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_ok() {
-            return;
-        }
-        tracing::warn!("the guest does not power off; its VM is stopped");
-        if let Err(error) = vmm::stop(up.vm.directory()).await {
-            tracing::warn!(error = chain(&error), "the VM does not stop");
-        } else if timeout(POWER_OFF_DEADLINE, up.vm.ended()).await.is_err() {
-            tracing::warn!("the VM does not stop");
+        let stopped = async {
+            if let Err(error) = vmm::stop(up.vm.directory()).await {
+                tracing::warn!(error = chain(&error), "the VM cannot be stopped");
+                return;
+            }
+            up.vm.ended().await;
+        };
+        // It is the VMM's own process, whatever has become of what runs in it.
+        if timeout(POWER_OFF_DEADLINE, stopped).await.is_err() || up.vm.end().is_none() {
+            tracing::warn!("the VM does not stop, and is killed");
+            up.vm.kill();
+            let _ = timeout(POWER_OFF_DEADLINE, up.vm.ended()).await; // Looked at once more when it is released.
         }
     }
 

@@ -23,6 +23,8 @@ const MAX_OUTPUT: usize = 16 * 1024 * 1024;
 const SIGKILL: u32 = 9;
 /// How long a command waits for its client to say how large the terminal is. Clients do so at once.
 const SIZE_PATIENCE: Duration = Duration::from_millis(300);
+/// How long a client waits for a command that failed to be killed and forgotten.
+const CLEAN_UP_GRACE: Duration = Duration::from_secs(5);
 /// How long the output may take to end after the command has, when all of it was taken.
 const OUTPUT_GRACE: Duration = Duration::from_secs(5);
 
@@ -59,8 +61,13 @@ pub async fn run(up: Up, command: Command, mut reply: oneshot::Sender<Result<Out
         result = attempt(&up, &command, &process_id) => result,
         () = reply.closed() => Err(SandboxError::Ended),
     };
-    clean_up(&up, process_id, result.is_err()).await;
+    // Answered when the command is gone, or, if the guest does not say so, without it.
+    let mut clean = std::pin::pin!(clean_up(&up, process_id, result.is_err()));
+    let late = timeout(CLEAN_UP_GRACE, &mut clean).await.is_err();
     let _ = reply.send(result); // The client may have gone.
+    if late {
+        clean.await;
+    }
 }
 
 /// Kills the command if it may still run, and has the guest forget it.
@@ -172,8 +179,8 @@ async fn copy_input(up: &Up, process_id: &str, stdin: Option<Incoming>) {
 }
 
 async fn attempt(up: &Up, command: &Command, process_id: &str) -> Result<Outcome, SandboxError> {
-    start(up, command, process_id).await?;
     let work = async {
+        start(up, command, process_id).await?;
         let (stdout, stderr) = outputs(up, command.process.terminal, process_id).await?;
         let (stdout, stderr) = (Collected::start(stdout), stderr.map(Collected::start));
         let end = match monitor::wait(up, process_id).await {

@@ -21,7 +21,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 pub enum End {
     /// So it exited.
     Exited(WaitProcessResponse),
-    /// The agent does not know it any more, so nobody will ever know how it ended.
+    /// The agent does not know it any more, or talks nonsense, so nobody will ever know how it ended.
     Lost(GuestError),
     /// The VM ended first.
     VmEnded,
@@ -103,7 +103,11 @@ pub async fn wait(up: &Up, process: &str) -> End {
             _ = up.vm.ended() => return End::VmEnded,
         };
         let error = match Guest::call("WaitProcess", Duration::MAX, std::future::ready(answer)).await {
-            Ok(end) => return End::Exited(end),
+            Ok(end) if (0..=255).contains(&end.exit_code) => return End::Exited(end),
+            Ok(end) => {
+                let what = format!("the exit code {}, which there is not", end.exit_code);
+                return End::Lost(GuestError::Impossible { call: "WaitProcess", what });
+            }
             Err(error) => error,
         };
         if !passing(&error) {

@@ -29,6 +29,8 @@ use crate::vmm::{self, DiskContents, DiskPart};
 use crate::volume;
 
 pub(super) const SIGKILL: u32 = 9;
+/// Most groups a process can have in Linux (NGROUPS_MAX).
+const MAX_GROUPS: usize = 65_536;
 /// How long a killed container may take to end, with its log.
 const KILL_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -94,7 +96,7 @@ impl Driver {
         let mut client = self.up()?.guest.client();
         let answer = client.create_container(request);
         let created = self.call("CreateContainer", LONG, answer).await;
-        let created = match created {
+        let created = match created.and_then(checked) {
             Ok(created) => created,
             Err(source) => {
                 self.undo_create(&id).await;
@@ -262,7 +264,8 @@ impl Driver {
     /// A container's process has ended.
     pub(super) async fn container_ended(&mut self, id: &ObjectId, end: &WaitProcessResponse) {
         let Some(container) = self.containers.get(id).filter(|container| container.is_running()) else { return };
-        let exit = container.record.state.ended(end.exit_code, end.oom_killed, end.finished_at_nanos);
+        // Whatever the guest's clock says, it is not later than now.
+        let exit = container.record.state.ended(end.exit_code, end.oom_killed, end.finished_at_nanos.min(now()));
         tracing::info!(container = %id, exit_code = exit.exit_code, reason = exit.reason, "container ended");
         self.exit(id, exit).await;
     }
@@ -449,6 +452,16 @@ impl Driver {
     }
 }
 
+/// What the guest says of the user of a container is kept, and has bounds.
+fn checked(created: agent::CreateContainerResponse) -> Result<agent::CreateContainerResponse, GuestError> {
+    let groups = created.user.as_ref().map_or(0, |user| user.supplemental_groups.len());
+    if groups > MAX_GROUPS {
+        let what = format!("a user with {groups} groups, more than there can be");
+        return Err(GuestError::Impossible { call: "CreateContainer", what });
+    }
+    Ok(created)
+}
+
 /// Adds the seccomp filter that the configuration asks for. Its profile may be a file of the host.
 async fn confine(
     request: &mut agent::CreateContainerRequest,
@@ -501,6 +514,16 @@ mod tests {
         assert_eq!(log_path("/var/log/pods/x", "c/0.log"), Ok(Some("/var/log/pods/x/c/0.log".into())));
         assert_eq!(log_path("", "c/0.log"), Ok(None));
         assert_eq!(log_path("/var/log/pods/x", ""), Ok(None));
+    }
+
+    #[test]
+    fn a_user_with_more_groups_than_there_can_be_is_refused() {
+        let created = |groups| {
+            let user = agent::ResolvedUser { supplemental_groups: vec![7; groups], ..Default::default() };
+            checked(agent::CreateContainerResponse { user: Some(user) })
+        };
+        assert!(created(MAX_GROUPS).is_ok());
+        assert_eq!(created(MAX_GROUPS + 1).expect_err("too many").kind(), isopod_proto::ErrorKind::Corrupt);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod guest;
 mod host;
+mod hostile_agent;
 mod hostile_clients;
 mod ids;
 mod image_command;
