@@ -14,6 +14,7 @@ pub struct Lines {
 impl Lines {
     /// Takes bytes; appends the entries they complete to `entries`, and gives how many bytes of the stream those stand for.
     pub fn push(&mut self, bytes: &[u8], stream: &str, now: OffsetDateTime, entries: &mut Vec<u8>) -> u64 {
+        let heads = Heads::new(stream, now);
         let mut taken = 0;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
             self.kept.extend_from_slice(part);
@@ -27,12 +28,12 @@ impl Lines {
                 text.strip_suffix(b"\r").unwrap_or(text).len()
             };
             while text_length(&self.kept) > MAX_LINE {
-                entry(entries, stream, now, b'P', &self.kept[..MAX_LINE]);
+                entry(entries, &heads.part, &self.kept[..MAX_LINE]);
                 self.kept.drain(..MAX_LINE);
                 taken += MAX_LINE as u64;
             }
             if ended {
-                entry(entries, stream, now, b'F', &self.kept[..text_length(&self.kept)]);
+                entry(entries, &heads.end, &self.kept[..text_length(&self.kept)]);
                 taken += self.kept.len() as u64;
                 self.kept.clear();
             }
@@ -45,30 +46,39 @@ impl Lines {
         if self.kept.is_empty() {
             return 0;
         }
-        entry(entries, stream, now, b'P', &self.kept);
+        entry(entries, &Heads::new(stream, now).part, &self.kept);
         let taken = self.kept.len() as u64;
         self.kept.clear();
         taken
     }
 }
 
-fn entry(entries: &mut Vec<u8>, stream: &str, now: OffsetDateTime, tag: u8, text: &[u8]) {
-    let now = now.to_offset(time::UtcOffset::UTC);
-    let (date, clock) = (now.date(), now.time());
-    let time = format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z",
-        date.year(),
-        u8::from(date.month()),
-        date.day(),
-        clock.hour(),
-        clock.minute(),
-        clock.second(),
-        clock.nanosecond()
-    );
-    entries.extend_from_slice(time.as_bytes());
-    entries.push(b' ');
-    entries.extend_from_slice(stream.as_bytes());
-    entries.extend_from_slice(&[b' ', tag, b' ']);
+/// What entries of one moment begin with. It is made once for all of a chunk, which may be thousands of empty lines.
+struct Heads {
+    part: String,
+    end: String,
+}
+
+impl Heads {
+    fn new(stream: &str, now: OffsetDateTime) -> Self {
+        let now = now.to_offset(time::UtcOffset::UTC);
+        let (date, clock) = (now.date(), now.time());
+        let head = format!(
+            "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z {stream}",
+            date.year(),
+            u8::from(date.month()),
+            date.day(),
+            clock.hour(),
+            clock.minute(),
+            clock.second(),
+            clock.nanosecond()
+        );
+        Self { part: format!("{head} P "), end: format!("{head} F ") }
+    }
+}
+
+fn entry(entries: &mut Vec<u8>, head: &str, text: &[u8]) {
+    entries.extend_from_slice(head.as_bytes());
     entries.extend_from_slice(text);
     entries.push(b'\n');
 }
