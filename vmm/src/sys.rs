@@ -65,6 +65,18 @@ pub fn use_one_heap() {
     debug_assert_eq!(set, 1, "glibc knows the option");
 }
 
+/// In unit tests, whose workers are confined as in a jail, it is done before there is a thread with a heap of its own.
+// SAFETY: the loader calls what is in this section once, before main; the function does what any program may do then.
+#[cfg(test)]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static IN_UNIT_TESTS: extern "C" fn() = {
+    extern "C" fn start() {
+        use_one_heap();
+    }
+    start
+};
+
 /// The slot of configuration space: those before it are the guest's memory, which has at most two regions.
 const CONFIG_SLOT: u32 = 2;
 
