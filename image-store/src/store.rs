@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Semaphore;
 
 use self::contents::Contents;
@@ -238,18 +238,13 @@ impl Inner {
     ) -> Result<(), StoreError> {
         let lock = self.making(id);
         let _making = lock.blocking_lock();
-        // Before anything else is kept waiting. What its id names is always the same, so one that is known is right.
-        let made = match self.known_disk(id)? {
-            Some(_) => None,
-            None => Some(self.make_disk(id, layers)?),
-        };
-        let _pins = self.pins.lock();
+        let mut pins = self.pins.lock();
+        // What an id names is always the same, so an image that is known is right. A new one is made while nobody waits; no
+        // other thread can make the same known meanwhile.
         let known = self.known_disk(id)?;
-        let new = match (known, made) {
-            (Some(_), _) => None,
-            (None, Some(new)) => Some(new),
-            // It was removed meanwhile.
-            (None, None) => Some(self.make_disk(id, layers)?),
+        let new = match known {
+            Some(_) => None,
+            None => Some(MutexGuard::unlocked(&mut pins, || self.make_disk(id, layers))?),
         };
         let verity = new.as_ref().map(|new| new.verity).or(known).map(Into::into);
         let added = new.map_or(Ok(()), NewDisk::put).and_then(|()| {
@@ -258,7 +253,7 @@ impl Inner {
             let record = Record { layers, size, config, verity };
             self.database.add(id, &record, names).map_err(database_error("written"))
         });
-        if added.is_err() && !self.read().is_ok_and(|contents| contents.images.contains_key(id)) {
+        if added.is_err() && known.is_none() {
             // Whatever fails now is found at the next start.
             let _ = fs::remove_file(self.disk_path(id));
         }
@@ -276,13 +271,14 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes what is missing of an image whose layers are here: a former version had other files.
+    /// An error if not all files of an image are here; an image of a former version, which has no hashes, is given what it lacks.
+    /// What this version has made is not looked into, and never hashed anew: damage would become what is right.
     fn complete(&self, id: &ImageId, record: &Record) -> Result<(), StoreError> {
         let layers = record.diff_ids();
-        layers.iter().try_for_each(|layer| self.complete_layer(layer))?;
-        if record.verity.is_some() && self.disk_path(id).is_file() {
-            return Ok(());
+        if record.verity.is_some() {
+            return self.size(id, &layers).map(drop);
         }
+        layers.iter().try_for_each(|layer| self.complete_layer(layer))?;
         let new = self.make_disk(id, &layers)?;
         let verity = Some(new.verity.into());
         new.put()?;

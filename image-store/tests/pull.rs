@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use isopod_image_store::{Auth, DiskSegment, ImageDisk, ImageStore, PullError};
 use isopod_proto::ErrorKind;
 use isopod_proto::chain as shown;
+use redb::ReadableTable;
 use support::registry::{Access, Fault, Registry};
 use support::{Item, digest, gzip, noise, tar};
 use tempfile::TempDir;
@@ -501,6 +502,39 @@ async fn an_image_is_one_disk_of_metadata_layers_and_hashes() {
     assert_eq!(tree[&b"etc/noise"[..]].0.kind, support::layers::Kind::File(noise(300_000, 1)));
 }
 
+/// Takes from the images' records what a former version did not have.
+fn forget_hashes(database: &Path) {
+    let images = redb::TableDefinition::<&str, &[u8]>::new("images");
+    let transaction = redb::Database::open(database).unwrap().begin_write().unwrap();
+    {
+        let mut table = transaction.open_table(images).unwrap();
+        let rows = table.iter().unwrap().map(Result::unwrap);
+        let rows: Vec<_> = rows.map(|(id, record)| (id.value().to_owned(), record.value().to_vec())).collect();
+        for (id, record) in rows {
+            let mut record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+            assert!(record.as_object_mut().unwrap().remove("verity").is_some_and(|verity| verity.is_object()));
+            table.insert(id.as_str(), serde_json::to_vec(&record).unwrap().as_slice()).unwrap();
+        }
+    }
+    transaction.commit().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_layer_is_not_given_new_hashes_when_the_store_is_opened() {
+    let registry = Registry::start().await;
+    let root = TempDir::new().unwrap();
+    let store = registry.store(root.path());
+    registry.put_image("a", "1", &[layer(1)]);
+    let id = store.pull(NAME, &Auth::Anonymous).await.unwrap();
+    drop(store);
+    let layer = std::fs::read_dir(root.path().join("layers")).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&layer).unwrap();
+    std::fs::write(&layer, &bytes[..bytes.len() - 4096]).unwrap();
+    let store = registry.store(root.path());
+    assert_eq!(store.disk(&id).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(std::fs::metadata(&layer).unwrap().len(), bytes.len() as u64 - 4096);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_of_the_former_version_keeps_its_images() {
     let registry = Registry::start().await;
@@ -512,6 +546,7 @@ async fn a_store_of_the_former_version_keeps_its_images() {
     drop(store);
     let path = |name: &str| root.path().join(name);
     std::fs::write(path("version"), "isopod image store, version 1\n").unwrap();
+    forget_hashes(&path("metadata.redb"));
     let files = |name: &str| std::fs::read_dir(path(name)).unwrap().map(|entry| entry.unwrap().path());
     let metadata: Vec<_> = files("images").collect();
     let (merged, mut layers) = (std::fs::read(&metadata[0]).unwrap(), BTreeMap::new());

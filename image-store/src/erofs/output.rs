@@ -64,9 +64,14 @@ impl Output {
         Ok(())
     }
 
+    /// Writes zeros up to the end of the block.
+    pub(super) fn end_block(&mut self) -> io::Result<()> {
+        self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))
+    }
+
     /// Ends the file, whose first block was written as zeros and becomes `first`.
     pub(super) fn finish(mut self, first: &[u8; BLOCK_SIZE]) -> io::Result<Written> {
-        self.pad_to(self.position.next_multiple_of(BLOCK_SIZE as u64))?;
+        self.end_block()?;
         self.flush()?;
         self.file.write_all_at(first, 0)?;
         let length = self.position.next_multiple_of(ALIGNMENT);
@@ -127,7 +132,6 @@ impl Hasher {
 
 impl Drop for Hasher {
     fn drop(&mut self) {
-        self.chunks = None;
         // Whoever drops it unfinished has an error of its own.
         let _ = self.finish();
     }

@@ -49,7 +49,7 @@ impl ErofsWriter {
 
     /// Ends the current file's data.
     pub(crate) fn end_data(&mut self) -> io::Result<()> {
-        self.out.pad_to(self.out.position().next_multiple_of(BLOCK_SIZE as u64))
+        self.out.end_block()
     }
 
     /// Writes the metadata of `tree` and the superblock. A hole at the file's end makes its
@@ -130,7 +130,7 @@ impl ErofsWriter {
         blocks.truncate(place.blocks as usize);
         for block in blocks {
             self.out.write(&block)?;
-            self.out.pad_to(self.out.position().next_multiple_of(BLOCK_SIZE as u64))?;
+            self.out.end_block()?;
         }
         Ok(())
     }
