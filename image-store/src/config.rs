@@ -19,6 +19,8 @@ pub struct StoreConfig {
     pub max_layers_at_once: usize,
     /// A pull in which no byte arrives for this long fails.
     pub pull_progress_timeout: Duration,
+    /// What is kept of pulls that are cut.
+    pub resume: ResumeConfig,
 }
 
 impl StoreConfig {
@@ -31,7 +33,25 @@ impl StoreConfig {
             max_layers_at_once_per_pull: 3,
             max_layers_at_once: 6,
             pull_progress_timeout: Duration::from_secs(300),
+            resume: ResumeConfig::default(),
         }
+    }
+}
+
+/// Which layers' compressed bytes are kept while they are pulled, so that a pull that was cut goes on where it was.
+#[derive(Clone, Debug)]
+pub struct ResumeConfig {
+    /// Layers whose blob has fewer bytes are fetched anew.
+    pub min_bytes: u64,
+    /// Bytes on disk of all that no pull is at work on, together; the oldest goes first. A larger layer is not kept.
+    pub max_bytes: u64,
+    /// How long after its last byte what a pull has left is kept.
+    pub max_age: Duration,
+}
+
+impl Default for ResumeConfig {
+    fn default() -> Self {
+        Self { min_bytes: 1 << 20, max_bytes: 16 << 30, max_age: Duration::from_secs(3600) }
     }
 }
 

@@ -271,7 +271,7 @@ impl Reader<'_> {
         let mut spans = Vec::new();
         let layers = files.into_iter().zip(diff_ids).map(|((span, name, blob), diff_id)| {
             spans.push(span);
-            NewLayer { name, blob, size: span.length, diff_id }
+            NewLayer { name, blob, size: span.length, diff_id, spooled: false }
         });
         let layers = layers.collect();
         Ok(Found { image: NewImage { id, config, names, layers }, files: spans })

@@ -27,11 +27,12 @@ mod merge;
 mod pull;
 mod reference;
 mod registry;
+mod spool;
 mod store;
 mod verity;
 
 pub use auth::{Auth, AuthError, AuthFields, Credentials};
-pub use config::{Endpoint, Limits, RegistryConfig, StoreConfig};
+pub use config::{Endpoint, Limits, RegistryConfig, ResumeConfig, StoreConfig};
 pub use digest::{Digest, ImageId, InvalidDigest};
 pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage, Verity};
 pub use import::{ImportError, Imported, Progress};

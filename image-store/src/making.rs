@@ -8,7 +8,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
 use crate::digest::{Digest, ImageId};
-use crate::layer::{BlobSender, LayerError, LayerJob, start};
+use crate::layer::{BlobSender, LayerError, LayerJob, is_disk_full, start};
+use crate::spool::Spool;
 use crate::store::{Inner, Pin, StoreError, StoredConfig};
 
 /// How long the threads of layers that are given up may take to notice.
@@ -38,6 +39,8 @@ pub(crate) struct NewLayer {
     pub size: u64,
     /// The digest of its tar.
     pub diff_id: Digest,
+    /// Whether its bytes are kept while they arrive, for a pull that is cut.
+    pub spooled: bool,
 }
 
 /// Why an image cannot be made.
@@ -111,25 +114,69 @@ where
     }
     // After the lock: who waits for another pull's layer holds no permit that this layer might need.
     let permit = store.permits.clone().acquire_owned().await.map_err(|_| MakeError::Died)?;
+    let keep = Arc::new((guard, permit, keep));
+    let spool = |empty| {
+        let blob = layer.blob.as_ref().filter(|_| layer.spooled)?;
+        store.spools.open(&layer.diff_id, blob, layer.size, empty)
+    };
+    let first = spool(false);
+    let kept = first.as_ref().map(Spool::kept);
+    match make_once(store, &layer, first, keep.clone(), feed).await {
+        Err(MakeError::Layer(layer, error)) if kept.is_some_and(|kept| may_be_the_spools(&error, kept)) => {
+            tracing::warn!(layer = layer.name, %error, kept, "a layer is fetched anew");
+            make_once(store, &layer, spool(true), keep, feed).await
+        }
+        made => made,
+    }
+}
+
+/// Whether a layer may have failed for the sake of its spool alone, which had so many bytes before.
+fn may_be_the_spools(error: &LayerError, kept: u64) -> bool {
+    match error {
+        LayerError::Write { source } => is_disk_full(source),
+        LayerError::Input { .. } | LayerError::Cancelled | LayerError::Thread { .. } => false,
+        LayerError::Decompress { .. }
+        | LayerError::Tar { .. }
+        | LayerError::Entry { .. }
+        | LayerError::Limit { .. }
+        | LayerError::BlobDigest { .. }
+        | LayerError::DiffId { .. } => kept > 0,
+    }
+}
+
+/// Makes a layer of what is in its spool and what `feed` sends. Until the threads are done, nobody else starts on this layer and
+/// nobody removes it, and they count as at work: they hold `keep`.
+async fn make_once<E, F, Fut, K>(
+    store: &Arc<Inner>,
+    layer: &NewLayer,
+    spool: Option<Spool>,
+    keep: K,
+    feed: &F,
+) -> Result<(), MakeError<E>>
+where
+    F: Fn(NewLayer, BlobSender) -> Fut,
+    Fut: Future<Output = Result<(), E>>,
+    K: Send + 'static,
+{
     let job = LayerJob {
         blob: layer.blob.clone(),
         diff_id: layer.diff_id.clone(),
         limits: store.config.limits.clone(),
         temporary: store.temporary_path(&layer.diff_id),
         target: store.layer_path(&layer.diff_id),
-        // Until the threads are done, nobody else starts on this layer and nobody removes it, and they count as at work.
-        keep: (guard, permit, keep),
+        spool,
+        keep,
     };
     let (sink, result) = match start(job) {
         Ok(started) => started,
-        Err(error) => return Err(MakeError::Layer(layer, error)),
+        Err(error) => return Err(MakeError::Layer(layer.clone(), error)),
     };
     if let Err(error) = feed(layer.clone(), sink).await {
         // The threads see that nothing more comes; their result would say no more. They are waited for, so that what they
         // wrote is gone when the pull has failed.
         let _ = result.await;
-        return Err(MakeError::Source(layer, error));
+        return Err(MakeError::Source(layer.clone(), error));
     }
     let made = result.await.unwrap_or(Err(LayerError::Thread { problem: "died" }));
-    made.map_err(|error| MakeError::Layer(layer, error))
+    made.map_err(|error| MakeError::Layer(layer.clone(), error))
 }

@@ -184,6 +184,7 @@ impl Pull<'_> {
             blob: Some(blob.digest),
             size: blob.size,
             diff_id,
+            spooled: true,
         });
         let image = NewImage { id: id.clone(), config, names, layers: layers.collect() };
         let feed = |layer: NewLayer, sink: BlobSender| async move {

@@ -5,6 +5,7 @@
 //!      metadata.redb    names and images
 //!      layers/HEX.erofs a layer and the hashes of its blocks, by its diff id
 //!      images/HEX.erofs metadata of the file system that an image's layers make, by image id
+//!      ingest/          compressed bytes of layers whose pull was cut or runs (`spool.rs`)
 //!      tmp/             what is being made; emptied at each start
 //! ```
 //! Names and images in the database, and the pins of running pulls, are the only roots. Whatever is not reached from them is
@@ -41,6 +42,7 @@ use crate::image::{Image, ImageDisk, Usage, Verity};
 use crate::import::{self, ImportError, Imported, Progress};
 use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
+use crate::spool::{Spools, Use};
 
 /// A store of images in a directory. Clones are the same store.
 #[derive(Clone)]
@@ -58,6 +60,7 @@ pub(crate) struct Inner {
     making: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
     /// A permit for each layer that may be made at the same time, whichever pull wants it.
     pub(crate) permits: Arc<Semaphore>,
+    pub(crate) spools: Spools,
 }
 
 impl ImageStore {
@@ -66,7 +69,8 @@ impl ImageStore {
         let root = config.root.clone();
         let http = HttpClients::new(&config.registries).map_err(|problem| OpenError::Config { problem })?;
         check(&config).map_err(|problem| OpenError::Config { problem })?;
-        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("tmp")] {
+        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("ingest"), root.join("tmp")]
+        {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -81,7 +85,9 @@ impl ImageStore {
         })?;
         let permits = Arc::new(Semaphore::new(config.max_layers_at_once));
         let http = Arc::new(http);
-        let inner = Inner { config, http, database, pins: Mutex::default(), making: Mutex::default(), permits };
+        let spools = Spools::new(root.join("ingest"), config.resume.clone());
+        let (pins, making) = Default::default();
+        let inner = Inner { config, http, database, pins, making, permits, spools };
         inner.clean().map_err(|source| OpenError::Store { root, source })?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -127,14 +133,17 @@ impl ImageStore {
         let path = self.inner.disk_path(&id);
         remove_file(&path).map_err(io_error(&path, "removed"))?;
         let layers = contents.images.get(&id).map(Record::diff_ids).unwrap_or_default();
+        self.inner.spools.found_room();
         self.inner.collect(&layers, &pins)
     }
 
     /// What the store takes on its file system.
     pub fn usage(&self) -> Result<Usage, StoreError> {
         let root = &self.inner.config.root;
+        self.inner.tidy_spools()?;
         let mut usage = Usage { mountpoint: root.clone(), used_bytes: 0, inodes_used: 0, timestamp_nanos: 0 };
-        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("tmp")] {
+        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("ingest"), root.join("tmp")]
+        {
             for entry in fs::read_dir(&directory).map_err(io_error(&directory, "read"))? {
                 let entry = entry.map_err(io_error(&directory, "read"))?;
                 // A file that was removed meanwhile takes nothing.
@@ -268,7 +277,18 @@ impl Inner {
             let path = self.layer_path(layer);
             remove_file(&path).map_err(io_error(&path, "removed"))?;
         }
-        Ok(())
+        self.tidy_spools()
+    }
+
+    /// Removes what cut pulls have left and nobody should go on with.
+    fn tidy_spools(&self) -> Result<(), StoreError> {
+        let state = |diff_id: &Digest| match self.making.lock().get(diff_id).is_some_and(|lock| lock.strong_count() > 0)
+        {
+            true => Use::Busy,
+            false if self.layer_path(diff_id).is_file() => Use::Done,
+            false => Use::Waiting,
+        };
+        self.spools.tidy(state).map_err(|(path, error)| io_error(&path, "removed")(error))
     }
 
     /// An error if not all files of an image are here; an image of a former version, which has no hashes, is given what it lacks.
@@ -317,7 +337,7 @@ impl Inner {
                 }
             }
         }
-        Ok(())
+        self.tidy_spools()
     }
 }
 

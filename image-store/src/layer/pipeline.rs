@@ -16,9 +16,10 @@ use bytes::{Buf, Bytes};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{LayerError, convert};
+use super::{LayerError, convert, is_disk_full};
 use crate::config::Limits;
 use crate::digest::Digest;
+use crate::spool::Spool;
 
 /// What the inflating thread reads at most ahead, in chunks of the network's size.
 const BLOB_QUEUE: usize = 32;
@@ -36,6 +37,8 @@ pub(crate) struct LayerJob<K> {
     /// Where it is written, and what it is renamed to when it is complete. The same file system; the directories exist.
     pub temporary: PathBuf,
     pub target: PathBuf,
+    /// Where the bytes are kept while they arrive. What is in it comes before what is sent.
+    pub spool: Option<Spool>,
     pub keep: K,
 }
 
@@ -45,55 +48,75 @@ enum Message {
 }
 
 /// The end of the pipeline that bytes go into.
-pub(crate) struct BlobSender(mpsc::Sender<Message>);
+pub(crate) struct BlobSender {
+    messages: mpsc::Sender<Message>,
+    offset: u64,
+}
 
 impl BlobSender {
+    /// Bytes of the blob that the pipeline has already; those after them are to be sent.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// Hands over the next bytes of the blob; waits while the queue is full. False: the layer has failed, and its result
     /// says why.
     pub(crate) async fn send(&self, data: Bytes) -> bool {
-        self.0.send(Message::Data(data)).await.is_ok()
+        self.messages.send(Message::Data(data)).await.is_ok()
     }
 
     /// The same, for a thread that may wait.
     pub(crate) fn send_blocking(&self, data: Bytes) -> bool {
-        self.0.blocking_send(Message::Data(data)).is_ok()
+        self.messages.blocking_send(Message::Data(data)).is_ok()
     }
 
     /// Says that the blob is complete.
     pub(crate) async fn end(self) {
         // If nobody listens any more, the result says why.
-        let _ = self.0.send(Message::End).await;
+        let _ = self.messages.send(Message::End).await;
     }
 }
 
 /// Starts the threads. The second part of the result is answered when the layer is in place or has failed.
 pub(crate) fn start<K: Send + 'static>(
-    job: LayerJob<K>,
+    mut job: LayerJob<K>,
 ) -> Result<(BlobSender, oneshot::Receiver<Result<(), LayerError>>), LayerError> {
     let (blob_sender, blob) = mpsc::channel(BLOB_QUEUE);
     let (answer, result) = oneshot::channel();
+    let spool = job.spool.take();
+    let offset = spool.as_ref().map_or(0, Spool::kept);
     let body = move || {
-        let made = make(&job, blob);
+        let made = make(&job, BlobReader::new(blob, spool));
         drop(job.keep);
         // Nobody waits for the result of a pull that was given up.
         let _ = answer.send(made);
     };
     let thread = thread::Builder::new().name("layer-write".into()).spawn(body);
     thread.map_err(|_| LayerError::Thread { problem: "cannot be started" })?;
-    Ok((BlobSender(blob_sender), result))
+    Ok((BlobSender { messages: blob_sender, offset }, result))
 }
 
-/// Makes the layer; on failure nothing stays behind.
-fn make<K>(job: &LayerJob<K>, blob: mpsc::Receiver<Message>) -> Result<(), LayerError> {
+/// Makes the layer; on failure nothing stays behind but the spool, if another pull can go on with it.
+fn make<K>(job: &LayerJob<K>, blob: BlobReader) -> Result<(), LayerError> {
+    let spool = blob.spool.as_ref().map(Spool::place);
     let made = write(job, blob);
     if made.is_err() {
         // It may not have come to exist. What cannot be removed now is removed at the next start.
         let _ = fs::remove_file(&job.temporary);
     }
+    if let Some(spool) = spool {
+        match &made {
+            Err(LayerError::Cancelled | LayerError::Input { .. } | LayerError::Thread { .. }) => {}
+            Err(LayerError::Write { source }) if is_disk_full(source) => spool.failed(source),
+            Err(LayerError::Write { .. }) => {}
+            // Made of it, or no good.
+            _ => spool.remove(),
+        }
+    }
     made
 }
 
-fn write<K>(job: &LayerJob<K>, blob: mpsc::Receiver<Message>) -> Result<(), LayerError> {
+fn write<K>(job: &LayerJob<K>, blob: BlobReader) -> Result<(), LayerError> {
     let write_error = |source| LayerError::Write { source };
     let made = write_new(
         &job.temporary,
@@ -119,12 +142,7 @@ struct Expected<'a> {
 }
 
 /// Writes the layer in `blob` to the new file `path`.
-fn write_new(
-    path: &Path,
-    blob: mpsc::Receiver<Message>,
-    limits: &Limits,
-    expected: Expected<'_>,
-) -> Result<Made, LayerError> {
+fn write_new(path: &Path, blob: BlobReader, limits: &Limits, expected: Expected<'_>) -> Result<Made, LayerError> {
     let file = File::options().read(true).write(true).create_new(true).open(path);
     let file = file.map_err(|source| LayerError::Write { source })?;
     let (chunk_sender, chunks) = sync_channel(CHUNK_QUEUE);
@@ -183,7 +201,7 @@ pub fn convert_blob<R: Read + Send>(mut input: R, output: &Path, limits: &Limits
                 }
             }
         });
-        let made = write_new(output, blob, limits, Expected { blob: None, diff_id: None });
+        let made = write_new(output, BlobReader::new(blob, None), limits, Expected { blob: None, diff_id: None });
         feeding.join().map_err(|_| LayerError::Thread { problem: "died" })??;
         made
     });
@@ -204,9 +222,10 @@ pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     File::open(path.parent().expect("paths in the store have parents"))?.sync_all()
 }
 
-/// The compressed bytes, as they come.
+/// The compressed bytes: those that were kept, and then as they come.
 struct BlobReader {
     blob: mpsc::Receiver<Message>,
+    spool: Option<Spool>,
     current: Bytes,
     hasher: Sha256,
     count: u64,
@@ -214,14 +233,37 @@ struct BlobReader {
     cancelled: bool,
 }
 
+impl BlobReader {
+    fn new(blob: mpsc::Receiver<Message>, spool: Option<Spool>) -> Self {
+        Self { blob, spool, current: Bytes::new(), hasher: Sha256::new(), count: 0, ended: false, cancelled: false }
+    }
+
+    fn hash(&mut self, data: Bytes) {
+        self.hasher.update(&data);
+        self.count += data.len() as u64;
+        self.current = data;
+    }
+}
+
 impl BufRead for BlobReader {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.current.is_empty() && !self.ended {
+            match self.spool.as_mut().map_or(Ok(None), Spool::next) {
+                Ok(None) => {}
+                Ok(Some(data)) => {
+                    self.hash(data);
+                    break;
+                }
+                // Whoever sends goes on behind what cannot be read: without that, no digest is right.
+                Err(_) => {
+                    self.ended = true;
+                    break;
+                }
+            }
             match self.blob.blocking_recv() {
                 Some(Message::Data(data)) => {
-                    self.hasher.update(&data);
-                    self.count += data.len() as u64;
-                    self.current = data;
+                    self.spool.take_if(|spool| !spool.append(&data));
+                    self.hash(data);
                 }
                 Some(Message::End) => self.ended = true,
                 None => {
@@ -312,13 +354,11 @@ impl Inflater {
 
 /// What the inflating thread does: checks the blob's digest, and sends on what is in it.
 fn inflate(
-    blob: mpsc::Receiver<Message>,
+    blob: BlobReader,
     chunks: &SyncSender<Chunk>,
     expected: Option<&Digest>,
     limits: &Limits,
 ) -> Result<(), LayerError> {
-    let blob =
-        BlobReader { blob, current: Bytes::new(), hasher: Sha256::new(), count: 0, ended: false, cancelled: false };
     let mut inflater = Inflater::new(blob).map_err(|_| LayerError::Cancelled)?;
     let mut bytes = 0u64;
     loop {
@@ -367,7 +407,7 @@ pub(crate) fn inflate_pieces(pieces: Vec<Bytes>, limits: &Limits) -> Result<u64,
     }
     // Room for all that is within the limit.
     let (chunk_sender, chunks) = sync_channel(limits.max_layer_bytes as usize / CHUNK + 2);
-    inflate(blob, &chunk_sender, None, limits)?;
+    inflate(BlobReader::new(blob, None), &chunk_sender, None, limits)?;
     Ok(chunks.try_iter().map(|chunk| if let Chunk::Data(data) = chunk { data.len() as u64 } else { 0 }).sum())
 }
 

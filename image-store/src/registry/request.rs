@@ -122,10 +122,10 @@ impl Registry {
         Err(errors.outcome())
     }
 
-    /// Sends the blob's bytes to `sink`; what was sent stays sent when a connection is lost. `Ok` also if the sink does not
+    /// Sends the blob's bytes to `sink`, from those on that it does not have; what was sent stays sent when a connection is lost. `Ok` also if the sink does not
     /// want more.
     pub(crate) async fn blob(&self, digest: &str, size: u64, sink: &BlobSender) -> Result<(), FetchError> {
-        let mut offset = 0;
+        let mut offset = sink.offset();
         let mut errors = Errors::default();
         let servers = self.able(Capability::Pull);
         for (index, server) in servers.iter().enumerate() {

@@ -55,6 +55,8 @@ struct Content {
     requests: Vec<(String, Option<String>, bool)>,
     /// The same: path with its query, and headers.
     details: Vec<(String, HeaderMap)>,
+    /// Bytes of answers for each path; what a client did not take is among them.
+    served: HashMap<String, usize>,
     delay: Duration,
     /// Paths whose requests are counted while they are answered, how many are, and the most there were.
     counted: Vec<String>,
@@ -127,6 +129,12 @@ impl Registry {
 
     pub fn requests(&self) -> Vec<(String, Option<String>, bool)> {
         self.content.lock().unwrap().requests.clone()
+    }
+
+    /// Bytes of answers for the path that ends in `path`.
+    pub fn served(&self, path: &str) -> usize {
+        let content = self.content.lock().unwrap();
+        content.served.iter().filter(|(served, _)| served.ends_with(path)).map(|(_, bytes)| bytes).sum()
     }
 
     /// Counts the requests to paths that end in one of `paths` while they are answered.
@@ -275,6 +283,12 @@ async fn answer(State(registry): State<Registry>, request: Request) -> Response<
         let content_range = format!("bytes {offset}-{}/{}", file.len() - 1, file.len());
         builder = builder.status(StatusCode::PARTIAL_CONTENT).header("content-range", content_range);
     }
+    let count = match &fault {
+        Some(Fault::Cut(count) | Fault::Hang(count)) => rest.len().min(*count),
+        Some(Fault::Status(_) | Fault::TooMany | Fault::Redirect(_)) => 0,
+        _ => rest.len(),
+    };
+    *registry.content.lock().unwrap().served.entry(path).or_default() += count;
     misbehave(fault, builder, rest)
 }
 
