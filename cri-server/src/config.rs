@@ -76,6 +76,8 @@ pub struct RawImages {
     pub mirrors: BTreeMap<String, String>,
     /// containerd's `certs.d`, for registries that are not among the mirrors.
     pub certs_directory: Option<PathBuf>,
+    /// Archives and OCI layouts that are imported when the daemon starts.
+    pub preload: Option<PathBuf>,
     /// Most bytes a layer may have after decompression, in MiB.
     pub max_layer_mib: Option<u64>,
     /// Layers fetched and converted at once by one pull.
@@ -191,6 +193,8 @@ pub struct ImagesConfig {
     pub mirrors: BTreeMap<String, String>,
     /// containerd's `certs.d`, for registries that are not among the mirrors.
     pub certs_directory: PathBuf,
+    /// Archives and OCI layouts that are imported when the daemon starts.
+    pub preload: Option<PathBuf>,
     /// Most bytes of a decompressed layer.
     pub max_layer_bytes: u64,
     /// Layers fetched and converted at once by one pull.
@@ -387,6 +391,7 @@ fn check_images(raw: RawImages, mistakes: &mut Mistakes) -> ImagesConfig {
             "images.certs_directory",
             raw.certs_directory.unwrap_or_else(|| "/etc/containerd/certs.d".into()),
         ),
+        preload: raw.preload.map(|path| mistakes.absolute("images.preload", path)),
         max_layer_bytes: mistakes.within("images.max_layer_mib", raw.max_layer_mib.unwrap_or(16 * 1024), 1, 1 << 24)
             * MIB,
         concurrent_layers: mistakes.within("images.concurrent_layers", raw.concurrent_layers.unwrap_or(3).into(), 1, 64)

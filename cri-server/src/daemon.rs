@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use isopod_image_store::{Endpoint, ImageStore, StoreConfig};
+use isopod_image_store::{Endpoint, ImageStore, PreloadError, Preloaded, StoreConfig};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -51,6 +51,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let images = ImageStore::open(image_config(&config))?;
     let network = Network::new(&config, store.clone());
     let (socket, streaming) = (config.socket.clone(), config.streaming.clone());
+    let preload = config.images.preload.clone();
     network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
     let context = Context {
@@ -83,9 +84,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
         )
-        .add_service(ImagesServer::new(Imports::new(images)))
+        .add_service(ImagesServer::new(Imports::new(images.clone())))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopping.clone().cancelled_owned());
     let server = tokio::spawn(server);
+    let preload = preload.map(|directory| tokio::spawn(async move { preload_images(&images, &directory).await }));
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "isopod serves");
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -98,6 +100,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // As above.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stopping.cancel();
+    if let Some(preload) = preload {
+        preload.abort();
+    }
     runtime.context().index.events().close();
     let _ = std::fs::remove_file(&socket); // A later daemon removes it as well.
     if tokio::time::timeout(DRAIN, server).await.is_err() {
@@ -120,6 +125,19 @@ async fn prepare_node(config: &Config, network: &Network) {
         Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "no scratch disk can be made yet"),
         Err(error) => tracing::warn!(%error, "no scratch disk can be made yet"),
     }
+}
+
+/// Imports the images of a directory, and says of each file what came of it.
+async fn preload_images(images: &ImageStore, directory: &Path) {
+    let told = |path: &Path, result: Result<Preloaded, PreloadError>| match result {
+        Ok(Preloaded::Unchanged) => tracing::debug!(path = %path.display(), "preloaded before"),
+        Ok(Preloaded::Imported(imported)) => {
+            let names: Vec<&str> = imported.iter().flat_map(|image| &image.names).map(String::as_str).collect();
+            tracing::info!(path = %path.display(), ?names, "images are preloaded");
+        }
+        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "images are not preloaded"),
+    };
+    images.preload(directory, told).await;
 }
 
 /// The image store's part of the configuration.

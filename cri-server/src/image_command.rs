@@ -1,14 +1,12 @@
 //! `isopod image`: the store's images for people without crictl. A daemon that runs is asked; without one, the store is opened.
 
-mod archive;
-
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
-use isopod_image_store::{Auth, ImageStore, Progress};
+use isopod_image_store::{Auth, ImageStore, Progress, open_archive};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -170,7 +168,7 @@ impl Images {
 
     async fn import(&self, archive: &Path, name: Option<String>, bar: &ProgressBar) -> anyhow::Result<()> {
         let shown = archive.display();
-        let (input, size) = archive::open(archive).with_context(|| format!("{shown} cannot be read"))?;
+        let (input, size) = open_archive(archive).with_context(|| format!("{shown} cannot be read"))?;
         bar.set_style(style(match size {
             Some(_) => "reading {bytes}/{total_bytes} {wide_bar} {bytes_per_sec}",
             None => "reading {bytes} {spinner} {bytes_per_sec}",

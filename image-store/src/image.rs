@@ -21,6 +21,8 @@ pub struct Image {
     pub config: ImageConfig,
     /// Number of layers.
     pub layers: u32,
+    /// Whether it was preloaded from a file that was there still at the last preload: no garbage collector is to remove it.
+    pub pinned: bool,
 }
 
 /// The `config` object of an image configuration (OCI image-spec, config.md "Properties"). The values are as the image's

@@ -5,6 +5,7 @@
 
 pub(crate) mod archive;
 pub(crate) mod documents;
+mod open;
 
 use std::io::Read;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use bytes::Bytes;
 use isopod_proto::ErrorKind;
 
 use self::archive::{Archive, Span};
+pub use self::open::open_archive;
 use crate::digest::{Digest, ImageId};
 use crate::layer::{BlobSender, LayerError};
 use crate::making::{MakeError, NewImage, NewLayer, make_image};

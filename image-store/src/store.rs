@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -40,6 +40,7 @@ use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
 use crate::image::{Image, ImageDisk, Usage, Verity};
 use crate::import::{self, ImportError, Imported, Progress};
+use crate::preload::{self, Preload, PreloadError, Preloaded};
 use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
 use crate::spool::{Spools, Use};
@@ -108,6 +109,13 @@ impl ImageStore {
         progress: impl Fn(Progress) + Sync,
     ) -> Result<Vec<Imported>, ImportError> {
         import::import(&self.inner, archive, name, &progress).await
+    }
+
+    /// Imports the images of the archives and OCI layouts in `directory`, one after the other in the order of their names, and tells
+    /// of each. What has not changed since it was imported last, and whose images are here, is not read again. Its images are
+    /// pinned as long as it is there. Dropping the future stops it.
+    pub async fn preload(&self, directory: &Path, told: impl Fn(&Path, Result<Preloaded, PreloadError>) + Sync) {
+        preload::preload(self, directory, told).await;
     }
 
     /// All images, sorted by id.
@@ -213,6 +221,23 @@ impl Inner {
 
     fn read(&self) -> Result<Contents, StoreError> {
         self.database.read().map_err(database_error("read"))
+    }
+
+    /// Forgets the preloads of files that are not among `paths`, and gives the others whose images are all here.
+    pub(crate) fn keep_preloads(&self, paths: BTreeSet<String>) -> Result<BTreeMap<String, Preload>, StoreError> {
+        let mut contents = self.read()?;
+        if contents.preloads.keys().any(|path| !paths.contains(path)) {
+            let kept = self.database.keep_preloads(|path| paths.contains(path));
+            kept.map_err(database_error("written"))?;
+        }
+        let Contents { images, preloads, .. } = &mut contents;
+        preloads.retain(|path, preload| paths.contains(path) && preload.ids().all(|id| images.contains_key(&id)));
+        Ok(contents.preloads)
+    }
+
+    /// Remembers what was preloaded from a file. Durable when it returns.
+    pub(crate) fn preloaded(&self, path: &str, preload: &Preload) -> Result<(), StoreError> {
+        self.database.add_preload(path, preload).map_err(database_error("written"))
     }
 
     /// Keeps `layers` from being removed while the pin lives.

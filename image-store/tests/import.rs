@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use isopod_image_store::{Auth, ImageStore, ImportError, Imported, Progress, StoreConfig};
+use isopod_image_store::{Auth, ImageStore, ImportError, Imported, PreloadError, Preloaded, Progress, StoreConfig};
 use isopod_proto::ErrorKind;
 use isopod_proto::chain as shown;
 use serde_json::{Value, json};
@@ -58,11 +58,16 @@ impl Layout {
         id
     }
 
-    fn tar(mut self) -> Vec<u8> {
+    /// Adds what says that it is a layout.
+    fn finish(&mut self) {
         // At the end, as some programs have it.
         self.files.push(("oci-layout".into(), br#"{"imageLayoutVersion": "1.0.0"}"#.to_vec()));
         let index = json!({"schemaVersion": 2, "manifests": self.manifests});
         self.files.push(("./index.json".into(), index.to_string().into_bytes()));
+    }
+
+    fn tar(mut self) -> Vec<u8> {
+        self.finish();
         tar(&self.files.iter().map(|(name, data)| Item::File(name, data)).collect::<Vec<_>>())
     }
 }
@@ -244,4 +249,87 @@ async fn an_import_that_is_dropped_leaves_nothing() {
     drop(writer);
     assert_eq!(files(root.path()), 0);
     assert_eq!(import(&store, archive, None).await.unwrap().len(), 1);
+}
+
+/// What is in `directory` as it is preloaded: file and outcome, shortened.
+async fn preload(store: &ImageStore, directory: &Path) -> Vec<(String, String)> {
+    let outcomes = Mutex::new(Vec::new());
+    let told = |path: &Path, result: Result<Preloaded, PreloadError>| {
+        let outcome = match result {
+            Ok(Preloaded::Unchanged) => "unchanged".to_owned(),
+            Ok(Preloaded::Imported(images)) => format!("imported {}", images.len()),
+            Err(error) => {
+                assert!(shown(&error).contains(path.to_str().unwrap()), "{}", shown(&error));
+                "failed".to_owned()
+            }
+        };
+        let file = path.file_name().unwrap().to_str().unwrap().to_owned();
+        outcomes.lock().unwrap().push((file, outcome));
+    };
+    store.preload(directory, told).await;
+    outcomes.into_inner().unwrap()
+}
+
+fn outcomes(list: &[(&str, &str)]) -> Vec<(String, String)> {
+    list.iter().map(|(file, outcome)| ((*file).to_owned(), (*outcome).to_owned())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_is_preloaded_and_read_again_only_where_it_changed() {
+    let (root, work) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let store = store(root.path());
+    let path = |name: &str| work.path().join(name);
+    let mut layout = Layout::default();
+    let first = layout.image(&[layer(1), layer(2)], json!({"io.containerd.image.name": NAME}));
+    layout.finish();
+    for (name, data) in &layout.files {
+        let path = path("2-layout").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, data).unwrap();
+    }
+    let mut layout = Layout::default();
+    let second = layout.image(&[layer(2), layer(3)], json!({"io.containerd.image.name": "test.example/b:1"}));
+    let archive = gzip(&layout.tar());
+    std::fs::write(path("1.tar.gz"), &archive[..archive.len() / 2]).unwrap();
+    std::fs::write(path("3.tar.gz"), &archive).unwrap();
+    std::fs::write(path(".incomplete"), "x").unwrap();
+    std::fs::create_dir(path("4-empty")).unwrap();
+    support::run("mkfifo", &[path("5-pipe").to_str().unwrap()]);
+    let bad = |first: &'static str, second: &'static str| {
+        let failed = "failed";
+        outcomes(&[
+            ("1.tar.gz", failed),
+            ("2-layout", first),
+            ("3.tar.gz", second),
+            ("4-empty", failed),
+            ("5-pipe", failed),
+        ])
+    };
+    assert_eq!(preload(&store, work.path()).await, bad("imported 1", "imported 1"));
+    for id in [&first, &second] {
+        assert!(store.find(id).unwrap().unwrap().pinned);
+    }
+    assert_eq!(std::fs::read_dir(root.path().join("layers")).unwrap().count(), 3);
+
+    // Changed so that nobody can tell, and so never read; also by the next process.
+    let file = || std::fs::File::options().write(true).open(path("3.tar.gz")).unwrap();
+    let modified = file().metadata().unwrap().modified().unwrap();
+    std::fs::write(path("3.tar.gz"), vec![0; archive.len()]).unwrap();
+    file().set_modified(modified).unwrap();
+    assert_eq!(preload(&store, work.path()).await, bad("unchanged", "unchanged"));
+    drop(store);
+    let store = self::store(root.path());
+    assert_eq!(preload(&store, work.path()).await, bad("unchanged", "unchanged"));
+
+    // Changed; and an image that was removed, which comes back.
+    std::fs::write(path("3.tar.gz"), &archive).unwrap();
+    store.remove(&first).unwrap();
+    assert_eq!(preload(&store, work.path()).await, bad("imported 1", "imported 1"));
+    assert!(store.find(NAME).unwrap().unwrap().pinned);
+
+    // An image whose file is gone stays, but not for ever.
+    std::fs::remove_file(path("3.tar.gz")).unwrap();
+    preload(&store, work.path()).await;
+    assert!(!store.find(&second).unwrap().unwrap().pinned && store.find(&first).unwrap().unwrap().pinned);
+    assert_eq!(preload(&store, &path("nowhere")).await, outcomes(&[("nowhere", "failed")]));
 }

@@ -50,7 +50,7 @@ fn shown(image: StoredImage) -> cri::Image {
         username: if uid.is_some() { String::new() } else { user.to_owned() },
         uid,
         spec: Some(cri::ImageSpec { image: image.id.to_string(), ..Default::default() }),
-        pinned: false,
+        pinned: image.pinned,
     }
 }
 

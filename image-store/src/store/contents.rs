@@ -6,6 +6,7 @@ use super::StoreError;
 use super::database::Record;
 use crate::digest::{Digest, ImageId, is_hex};
 use crate::image::Image;
+use crate::preload::Preload;
 use crate::reference::ImageName;
 
 /// All that is known at one moment.
@@ -14,6 +15,8 @@ pub(super) struct Contents {
     pub images: BTreeMap<ImageId, Record>,
     /// Full name → id.
     pub names: BTreeMap<String, ImageId>,
+    /// File → what was preloaded from it.
+    pub preloads: BTreeMap<String, Preload>,
 }
 
 impl Contents {
@@ -56,6 +59,7 @@ impl Contents {
             size: record.size,
             config: record.config.clone().into(),
             layers: record.layers.len() as u32,
+            pinned: self.preloads.values().any(|preload| preload.ids().any(|pinned| pinned == *id)),
         }
     }
 }

@@ -9,11 +9,14 @@ use serde::{Deserialize, Serialize};
 use super::contents::Contents;
 use crate::digest::{Digest, ImageId};
 use crate::image::{ImageConfig, Verity};
+use crate::preload::Preload;
 
 /// Image id → [`Record`] as JSON.
 const IMAGES: TableDefinition<&str, &[u8]> = TableDefinition::new("images");
 /// Full name, with a tag or a digest → image id.
 const NAMES: TableDefinition<&str, &str> = TableDefinition::new("names");
+/// Path → [`Preload`] as JSON.
+const PRELOADS: TableDefinition<&str, &[u8]> = TableDefinition::new("preloads");
 
 /// What is kept of an image, besides its names.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -90,6 +93,7 @@ impl ImageDatabase {
         let transaction = database.begin_write()?;
         transaction.open_table(IMAGES)?;
         transaction.open_table(NAMES)?;
+        transaction.open_table(PRELOADS)?;
         transaction.commit()?;
         Ok(Self { database })
     }
@@ -111,7 +115,31 @@ impl ImageDatabase {
                 contents.names.insert(name.value().to_owned(), id);
             }
         }
+        for row in transaction.open_table(PRELOADS)?.iter()? {
+            let (path, preload) = row?;
+            // One that cannot be read is not known, and its file is imported again.
+            if let Ok(preload) = serde_json::from_slice(preload.value()) {
+                contents.preloads.insert(path.value().to_owned(), preload);
+            }
+        }
         Ok(contents)
+    }
+
+    /// Remembers what was preloaded from a file.
+    pub(super) fn add_preload(&self, path: &str, preload: &Preload) -> Result<(), redb::Error> {
+        let bytes = serde_json::to_vec(preload).expect("strings and numbers can be written as JSON");
+        let transaction = self.database.begin_write()?;
+        transaction.open_table(PRELOADS)?.insert(path, bytes.as_slice())?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Forgets what was preloaded from files that `keep` does not want.
+    pub(super) fn keep_preloads(&self, keep: impl Fn(&str) -> bool) -> Result<(), redb::Error> {
+        let transaction = self.database.begin_write()?;
+        transaction.open_table(PRELOADS)?.retain(|path, _| keep(path))?;
+        transaction.commit()?;
+        Ok(())
     }
 
     /// Adds an image and its names, which other images lose. Durable when it returns.

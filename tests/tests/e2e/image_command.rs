@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use anyhow::Context;
-use isopod_tests::fixture::{Daemon, repository};
+use isopod_tests::fixture::{Daemon, eventually, repository};
 use rustix::process::Signal;
 
 const NAME: &str = "imported.example/busybox:1";
@@ -80,5 +81,28 @@ async fn archives_are_imported_and_images_listed_pulled_and_removed() -> anyhow:
     assert!(good(&daemon, &["ls"], b"")?.contains(NAME));
     daemon.restart().await?;
     assert_eq!(daemon.cri().await?.image(NAME).await?.map(|found| found.id), Some(image.id));
+    Ok(())
+}
+
+#[tokio::test]
+async fn images_of_the_configured_directory_are_there_after_the_start_and_pinned() -> anyhow::Result<()> {
+    let directory = tempfile::tempdir()?;
+    copy(&format!("docker-archive:{}:{NAME}", directory.path().join("1.tar").display()))?;
+    std::fs::write(directory.path().join("0.tar"), "no archive")?;
+    let mut daemon = Daemon::start(|config| {
+        let images = config.entry("images").or_insert_with(|| toml::Table::new().into());
+        images
+            .as_table_mut()
+            .expect("a section")
+            .insert("preload".into(), text(directory.path()).expect("text").into());
+    })
+    .await?;
+    let cri = daemon.cri().await?;
+    let limit = Duration::from_secs(60);
+    let image = eventually("preloaded image", limit, async || cri.image(NAME).await.ok().flatten()).await?;
+    assert!(image.pinned);
+    let log = daemon.log();
+    assert!(log.contains("0.tar") && log.contains("images are not preloaded"), "{log}");
+    daemon.end(Signal::TERM).await?;
     Ok(())
 }

@@ -1,12 +1,13 @@
-//! What `isopod image import` is given, as the bytes of a tar.
+//! What is to be imported, as the bytes of a tar.
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 
-/// The archive's bytes, and how many there are, if that is known.
-pub(super) fn open(archive: &Path) -> io::Result<(Box<dyn Read + Send>, Option<u64>)> {
+/// The bytes of an archive, and how many there are, if that is known. An archive is a file, a directory with what would be in one, or `-`,
+/// which is the standard input.
+pub fn open_archive(archive: &Path) -> io::Result<(Box<dyn Read + Send>, Option<u64>)> {
     if archive == Path::new("-") {
         return Ok((Box::new(io::stdin()), None));
     }
@@ -53,7 +54,7 @@ mod tests {
         let root = tempfile::TempDir::new().expect("made");
         std::fs::create_dir_all(root.path().join("blobs/sha256")).expect("made");
         std::fs::write(root.path().join("blobs/sha256/x"), b"data").expect("written");
-        let (reader, size) = open(root.path()).expect("opened");
+        let (reader, size) = open_archive(root.path()).expect("opened");
         assert_eq!(size, None);
         let mut archive = tar::Archive::new(reader);
         let mut files = Vec::new();
@@ -70,8 +71,8 @@ mod tests {
     fn a_directory_that_cannot_be_read_is_told() {
         let root = tempfile::TempDir::new().expect("made");
         std::os::unix::fs::symlink("nowhere", root.path().join("dangling")).expect("made");
-        let (mut reader, _) = open(root.path()).expect("opened");
+        let (mut reader, _) = open_archive(root.path()).expect("opened");
         assert!(reader.read_to_end(&mut Vec::new()).is_err());
-        assert!(open(&root.path().join("not-there")).is_err());
+        assert!(open_archive(&root.path().join("not-there")).is_err());
     }
 }
