@@ -45,6 +45,9 @@ use crate::pull::{self, PullError};
 use crate::registry::HttpClients;
 use crate::spool::{Spools, Use};
 
+/// Those of a store.
+const DIRECTORIES: [&str; 4] = ["layers", "images", "ingest", "tmp"];
+
 /// A store of images in a directory. Clones are the same store.
 #[derive(Clone)]
 pub struct ImageStore {
@@ -150,15 +153,18 @@ impl ImageStore {
         let root = &self.inner.config.root;
         self.inner.tidy_spools()?;
         let mut usage = Usage { mountpoint: root.clone(), used_bytes: 0, inodes_used: 0, timestamp_nanos: 0 };
-        for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("ingest"), root.join("tmp")]
-        {
-            for entry in fs::read_dir(&directory).map_err(io_error(&directory, "read"))? {
-                let entry = entry.map_err(io_error(&directory, "read"))?;
-                // A file that was removed meanwhile takes nothing.
-                if let Ok(metadata) = entry.metadata() {
-                    usage.used_bytes += metadata.blocks() * 512;
-                    usage.inodes_used += 1;
-                }
+        let mut count = |metadata: std::io::Result<fs::Metadata>| {
+            // A file that was removed meanwhile takes nothing.
+            if let Ok(metadata) = metadata {
+                usage.used_bytes += metadata.blocks() * 512;
+                usage.inodes_used += 1;
+            }
+        };
+        count(fs::metadata(root));
+        let directories = DIRECTORIES.map(|name| root.join(name));
+        for directory in std::iter::once(root).chain(&directories) {
+            for entry in fs::read_dir(directory).map_err(io_error(directory, "read"))? {
+                count(entry.map_err(io_error(directory, "read"))?.metadata());
             }
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
