@@ -4,8 +4,8 @@
 //! it, by the order in which the store makes things durable. A pull syncs and renames each layer, then the metadata file, then commits
 //! the database; a removal commits first and then unlinks. So with the old database all old files are there and any of the new ones,
 //! the metadata file only if all its layers are; with the new one all new files and any of the old ones. What is never synced, `tmp`
-//! and `ingest`, may hold anything. Torn writes within the database's file are not among
-//! them: redb is trusted with what it synced.
+//! and `ingest`, may hold anything. What torn writes within the database's file do is the
+//! test of `src/store/database/tests.rs`.
 #![allow(clippy::unwrap_used, reason = "unwrap is how a test fails")]
 
 mod support;

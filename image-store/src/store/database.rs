@@ -89,7 +89,11 @@ pub(super) struct ImageDatabase {
 
 impl ImageDatabase {
     pub(super) fn open(path: &Path) -> Result<Self, redb::Error> {
-        let database = Database::create(path)?;
+        Self::prepare(Database::create(path)?)
+    }
+
+    /// Makes the tables that are not there.
+    fn prepare(database: Database) -> Result<Self, redb::Error> {
         let transaction = database.begin_write()?;
         transaction.open_table(IMAGES)?;
         transaction.open_table(NAMES)?;
@@ -172,3 +176,6 @@ impl ImageDatabase {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -99,8 +99,9 @@ async fn images_of_the_configured_directory_are_there_after_the_start_and_pinned
     .await?;
     let cri = daemon.cri().await?;
     let limit = Duration::from_secs(60);
-    let image = eventually("preloaded image", limit, async || cri.image(NAME).await.ok().flatten()).await?;
-    assert!(image.pinned);
+    // It is there a moment before it is pinned, which is when all of its file is there.
+    let pinned = async || cri.image(NAME).await.ok().flatten().filter(|image| image.pinned);
+    eventually("preloaded, pinned image", limit, pinned).await?;
     let log = daemon.log();
     assert!(log.contains("0.tar") && log.contains("images are not preloaded"), "{log}");
     daemon.end(Signal::TERM).await?;
