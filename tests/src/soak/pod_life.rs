@@ -8,7 +8,7 @@ use isopod_cri_server::cri;
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
-use crate::fixture::{Cri, LogLine, TestContainer, eventually, shell};
+use crate::fixture::{Cri, LogLine, TestContainer, TestPod, eventually, shell};
 
 /// Lines that a container prints.
 const LINES: usize = 400;
@@ -75,7 +75,7 @@ fn cut_off(status: &tonic::Status) -> bool {
 
 /// A pod from its creation to its removal.
 pub async fn live(world: &World) -> Result<()> {
-    let config = super::pods::config();
+    let config = TestPod::config("soak");
     std::fs::create_dir_all(&config.log_directory)?;
     let request = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
     let answer = world.ask(async |mut cri| cri.runtime.run_pod_sandbox(request.clone()).await).await;
@@ -104,7 +104,7 @@ async fn work(world: &World, id: &str, pod: &cri::PodSandboxConfig) -> Result<()
     let ending = run(world, id, pod, shell("ending", &format!("sleep 2; exit {EXIT_CODE}"))).await?;
     let said = world
         .ask(async |cri| {
-            let container = TestContainer { cri, ..copy(&printer) };
+            let container = TestContainer { cri, ..printer.clone() };
             container.exec(&["echo", "said"]).await
         })
         .await
@@ -123,10 +123,6 @@ async fn work(world: &World, id: &str, pod: &cri::PodSandboxConfig) -> Result<()
     let expected: Vec<String> = (1..=LINES).map(|number| format!("{number}\n")).collect();
     ensure!(texts == expected, "a log with {} lines: {texts:?}", texts.len());
     Ok(())
-}
-
-fn copy(container: &TestContainer) -> TestContainer {
-    TestContainer { cri: container.cri.clone(), id: container.id.clone(), log: container.log.clone() }
 }
 
 fn status_of(id: &str) -> cri::ContainerStatusRequest {

@@ -10,14 +10,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use futures_util::future::join_all;
 use isopod_cri_server::cri;
 use rustix::process::Signal;
 use tokio::time::sleep;
 
 use super::pod_life::{self, World};
-use crate::fixture::{BUSYBOX, Daemon, TestPod, eventually, vmms_below};
+use crate::fixture::{BUSYBOX, Daemon, eventually, vmms_below};
 use crate::process_memory::private_bytes_outside_guest;
 
 /// Pods of a round, as many as an emulated node of 3 GiB has memory for.
@@ -156,26 +156,12 @@ async fn nothing_is_left(daemon: &Daemon, world: &World) -> Result<()> {
     let cri = world.cri().await;
     let (sandboxes, containers) = (cri.sandboxes(None).await?, cri.containers(None).await?);
     ensure!(sandboxes.is_empty() && containers.is_empty(), "still there: {sandboxes:?} {containers:?}");
-    ensure!(daemon.vmms().is_empty(), "VMMs: {:?}", daemon.vmms());
-    let left = |directory: &Path| -> Result<Vec<String>> {
-        let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
-        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        let names: Vec<String> = names.collect::<Result<_>>()?;
-        Ok(names.into_iter().filter(|name| !name.starts_with("template-")).collect())
-    };
-    for directory in [daemon.state.join("sandboxes"), daemon.directory.path().join("root/scratch"), daemon.ports()] {
-        let names = left(&directory)?;
-        ensure!(names.is_empty(), "left in {}: {names:?}", directory.display());
-    }
+    let held = daemon.holdings()?;
+    ensure!(held.is_empty(), "left: {held:?}");
     for id in world.take_ids().await {
         ensure!(!Path::new("/sys/fs/cgroup/isopod").join(format!("isopod-{id}")).exists(), "left: the cgroup of {id}");
     }
     let descriptors = fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count();
     ensure!(descriptors < 100, "the daemon has {descriptors} descriptors open without a pod");
     Ok(())
-}
-
-/// A pod that nobody else has.
-pub(super) fn config() -> cri::PodSandboxConfig {
-    TestPod::config("soak")
 }

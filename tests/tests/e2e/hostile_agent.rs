@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -142,23 +141,9 @@ fn check_status(status: &cri::ContainerStatus) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the daemon has on the host for its sandboxes.
+/// What the daemon holds of the node, and the cgroups of the hostile pods.
 fn things(daemon: &Daemon) -> anyhow::Result<BTreeSet<String>> {
-    let mut things = BTreeSet::new();
-    for directory in [daemon.state.join("sandboxes"), daemon.directory.path().join("root/scratch")] {
-        for entry in std::fs::read_dir(&directory).into_iter().flatten() {
-            things.insert(entry?.path().display().to_string());
-        }
-    }
-    let links = Command::new("ip").args(["-o", "link", "show", "master", &daemon.bridge()]).output()?;
-    things
-        .extend(String::from_utf8(links.stdout)?.lines().filter_map(|line| line.split(": ").nth(1).map(str::to_owned)));
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let log = std::fs::read_link(entry.path().join("fd/1")).unwrap_or_default();
-        if log.starts_with(&daemon.state) {
-            things.insert(format!("process with {}", log.display()));
-        }
-    }
+    let mut things = daemon.holdings()?;
     for entry in std::fs::read_dir(format!("/sys/fs/cgroup{CGROUP}")).into_iter().flatten() {
         let path = entry?.path();
         things.extend(path.is_dir().then(|| path.display().to_string()));
