@@ -69,3 +69,26 @@ start_daemon() {
 # crictl with the test's endpoint and patience; a config file, since the default one may belong to somebody else.
 printf 'runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: 120\n' "$socket" "$socket" >/tmp/crictl.yaml
 crictl() { "$repo/out/bin/crictl" --config /tmp/crictl.yaml "$@"; }
+
+# snapshot [FOLDER...]: what a pod could leave behind in the node, a line each, sorted: processes, interfaces, routes, namespaces, mounts,
+# cgroups, packet filter, and what is in the folders.
+snapshot() (
+  # What ends while it is being looked at, or is not there, is no failure.
+  set +e +o pipefail
+  {
+    # But for the kernel's, and those of this function.
+    ps -eo pid=,ppid=,comm= | awk -v own=$BASHPID '
+      { parent[$1] = $2; name[$1] = $3 }
+      END { for (p in parent) { for (q = p; q && q != own && q != 2;) q = parent[q]; if (!q) print "process " name[p] } }'
+    ip -o link | awk -F'[ :@]+' '{print "link " $2}'
+    { ip route show table all; ip -6 route show table all; ip rule; } | sed 's/^/route /'
+    for kind in net mnt pid ipc uts user; do
+      readlink /proc/[0-9]*/ns/$kind 2>/dev/null | sort -u | sed 's/^/namespace /'
+    done
+    ls /run/netns 2>/dev/null | sed 's/^/named namespace /'
+    awk '{print "mount " $2}' /proc/self/mounts
+    find /sys/fs/cgroup -type d -printf 'cgroup %p\n'
+    (($# == 0)) || find "$@" -printf 'file %p\n' 2>/dev/null
+    nft list ruleset 2>/dev/null | sed -E 's/ packets [0-9]+ bytes [0-9]+//; s/^/nft /'
+  } | sort
+)
