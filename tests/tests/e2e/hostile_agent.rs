@@ -204,5 +204,7 @@ async fn whatever_an_agent_answers_costs_its_own_pod_alone() -> anyhow::Result<(
     assert_eq!(after, before, "what is left");
     assert_eq!(container.sh("echo alive").await?, "alive\n");
     neighbour.remove().await?;
+    // It is the kubelet's, which this test is.
+    std::fs::remove_dir(format!("/sys/fs/cgroup{CGROUP}"))?;
     Ok(())
 }

@@ -124,8 +124,10 @@ async fn megabytes_go_through_the_tap_in_both_directions() -> anyhow::Result<()>
     let _server = pod.start(shell("sink", "nc -l -p 7001 -e sh -c 'head -c 16777216 | sha256sum'")).await?;
     let data: Vec<u8> = (0..16u32 << 20).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let expected = {
-        std::fs::write("/tmp/bulk", &data)?;
-        String::from_utf8(std::process::Command::new("sha256sum").arg("/tmp/bulk").output()?.stdout)?
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), &data)?;
+        let sum = std::process::Command::new("sha256sum").stdin(file.reopen()?).output()?;
+        String::from_utf8(sum.stdout)?
     };
     let answer = tokio::task::spawn_blocking(move || -> anyhow::Result<String> {
         let mut stream = (0..100)
