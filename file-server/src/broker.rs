@@ -37,6 +37,7 @@ pub fn run(mut go: impl Read, mut ready: impl Write, control: &UnixListener, fus
     unshare(namespaces).map_err(|error| io::Error::other(format!("cannot make namespaces: {error}")))?;
     jail::separate_mounts()?;
     let (server, link) = start_server(fuse)?;
+    jail::confine_broker()?;
     ready.write_all(b"\n")?;
     drop(ready);
     let shares = Shares::new(link)?;

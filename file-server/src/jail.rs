@@ -2,11 +2,24 @@
 //!
 //! It starts as a child of the broker, in the namespaces that the broker has made, as process 1 of a PID namespace, with the
 //! host's mounts still in sight. What it does here, in this order, ends that.
+//!
+//! | layer | what is left | beside the VMM's (`vmm/src/jail.rs`) |
+//! |---|---|---|
+//! | namespaces | its own; the mount namespace is the broker's too | the same, but for the broker |
+//! | root | a tmpfs with the shares in it; nothing is executed, no device node and no set-user-ID bit counts there | it is empty |
+//! | user | root without other groups, with [`CAPABILITIES`], for good | a user of the pod's own, without capabilities |
+//! | limits | see [`limit`] | fewer descriptors and threads, and files of a size |
+//! | Landlock | files below the root, as [`isopod_jail::allow_below`] says; no TCP, no signal to or abstract socket of others | no file |
+//! | seccomp | calls on open files and on names below them ([`seccomp`]) | other ones |
+//!
+//! It has no user of its own, as the files that it serves and makes belong to anybody: what a container's process may do with them
+//! the guest's kernel decides, and the host's must let it. Nor a user namespace: in one, the five capabilities would reach the very
+//! same files. `tests/tests/e2e/jail.rs` looks at the result.
 
 pub(crate) mod seccomp;
 
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use isopod_jail::new_filesystem;
@@ -36,7 +49,7 @@ fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> io::Error {
 /// Serves the guest's requests from `fuse`, and the broker's, to let go of shares, from `control`. Returns at the end of the VM.
 pub fn serve(fuse: UnixStream, control: UnixStream) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("follow the broker's end"))?;
-    raise_limit();
+    limit()?;
     // Modes come from the guest, less its umask.
     rustix::process::umask(Mode::empty());
     let descriptors = own_descriptors().map_err(failed("open /proc/self/fd"))?;
@@ -44,6 +57,9 @@ pub fn serve(fuse: UnixStream, control: UnixStream) -> io::Result<()> {
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("open the root"))?;
     drop_privileges()?;
+    // No mount can be changed after it by this process; the broker goes on with that. It takes no_new_privs.
+    let landlocked = isopod_jail::allow_below(root.as_fd()).map_err(jail_failed)?;
+    eprintln!("isopod-fs: in its jail, with {landlocked}");
     let filters = Filters::compile();
     filters.confine_first()?;
 
@@ -78,13 +94,18 @@ fn let_go(server: &Server, mut control: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-fn raise_limit() {
+/// Descriptors as many as the guest may know files, no core, no locked memory and no message queue. Not the size of files, which are the
+/// host's and as large as they are.
+fn limit() -> io::Result<()> {
+    let none = [Resource::Core, Resource::Memlock, Resource::Msgqueue];
+    none.into_iter().try_for_each(|resource| isopod_jail::limit(resource, 0)).map_err(jail_failed)?;
     let limit = Rlimit { current: Some(MAX_DESCRIPTORS), maximum: Some(MAX_DESCRIPTORS) };
     if rustix::process::setrlimit(Resource::Nofile, limit).is_err() {
         // More than fs.nr_open of the host: then what is allowed without asking. A guest that needs more is told ENFILE.
         let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
         let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     }
+    Ok(())
 }
 
 /// The directory of this process's own descriptors, in a proc file system that shows no process outside and is mounted nowhere.
@@ -101,13 +122,24 @@ fn enter_empty_root() -> rustix::io::Result<()> {
     isopod_jail::enter_empty_root(&root)
 }
 
-/// Leaves the capabilities that are needed, for good, and nothing of its memory to a core file or a debugger.
+/// Leaves the groups, and the capabilities but those that are needed, for good, and nothing of its memory to a core file or a debugger.
 fn drop_privileges() -> io::Result<()> {
-    let failed = |error: isopod_jail::JailError| io::Error::other(format!("{error}: {}", error.source));
-    isopod_jail::limit(Resource::Core, 0).map_err(failed)?;
-    isopod_jail::bound_capabilities(CAPABILITIES).map_err(failed)?;
-    isopod_jail::keep_capabilities(CAPABILITIES).map_err(failed)?;
+    isopod_jail::bound_capabilities(CAPABILITIES).map_err(jail_failed)?;
+    isopod_jail::become_user(0, 0).map_err(jail_failed)?;
+    isopod_jail::keep_capabilities(CAPABILITIES).map_err(jail_failed)?;
     Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// Leaves the broker, which never sees a byte of the guest's, the one capability that attaching and detaching shares takes.
+pub(crate) fn confine_broker() -> io::Result<()> {
+    isopod_jail::bound_capabilities(CapabilitySet::SYS_ADMIN).map_err(jail_failed)?;
+    isopod_jail::become_user(0, 0).map_err(jail_failed)?;
+    isopod_jail::keep_capabilities(CapabilitySet::SYS_ADMIN).map_err(jail_failed)?;
+    Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+fn jail_failed(error: isopod_jail::JailError) -> io::Error {
+    io::Error::other(format!("{error}: {}", error.source))
 }
 
 /// Stops mounts from spreading between this mount namespace and the one it is a copy of. Shares that are to follow the host

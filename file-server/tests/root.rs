@@ -22,6 +22,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
 const MKDIR: u32 = 9;
+const RENAME2: u32 = 45;
 const ROOT: u64 = 1;
 
 struct FileServer {
@@ -107,6 +108,12 @@ impl FileServer {
         self.ask(MKDIR, parent, &[&0o755u32.to_le_bytes()[..], &[0; 4], name.as_bytes(), b"\0"].concat())
     }
 
+    fn rename(&mut self, from: &str, name: &str, to: &str) -> Result<(), i32> {
+        let (from, to) = (self.look_up(from)?, self.look_up(to)?);
+        let names = [name.as_bytes(), b"\0", name.as_bytes(), b"\0"].concat();
+        self.ask(RENAME2, from, &[&to.to_le_bytes()[..], &[0; 8], &names].concat()).map(drop)
+    }
+
     /// The server process: the broker's one child.
     fn server(&self) -> i32 {
         let pid = self.process.id();
@@ -167,6 +174,9 @@ fn root_shares_come_and_go() {
     assert_eq!(server.look_up("a.1/x"), Err(libc::ENOTDIR));
     server.make_directory("a.0", "made").unwrap();
     assert!(data.join("made").is_dir());
+    server.rename("a.0", "file", "a.0/made").unwrap();
+    server.rename("a.0/made", "file", "a.0").unwrap();
+    assert_eq!(server.rename("a.0", "file", "b.0"), Err(libc::EXDEV));
     let known = server.look_up("a.0/file").unwrap();
     let other = server.look_up("b.0/file").unwrap();
     assert_ne!(known, other);

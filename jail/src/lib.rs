@@ -13,7 +13,7 @@ pub mod seccomp;
 
 use std::io;
 
-pub use landlocked::{Landlocked, allow_nothing};
+pub use landlocked::{Landlocked, allow_below, allow_nothing};
 pub use privileges::{become_user, bound_capabilities, keep_capabilities, limit};
 pub use root::{enter_empty_root, leave_namespaces, new_filesystem};
 

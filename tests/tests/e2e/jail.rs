@@ -56,7 +56,7 @@ const LIMITS: [(&str, &str); 6] = [
 ];
 
 /// A line of /proc/PID/status, with single spaces.
-fn status_line(task: &Path, name: &str) -> anyhow::Result<String> {
+pub(super) fn status_line(task: &Path, name: &str) -> anyhow::Result<String> {
     let status = fs::read_to_string(task.join("status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     Ok(line.with_context(|| format!("no {name}"))?.split_whitespace().collect::<Vec<_>>().join(" "))
@@ -70,8 +70,17 @@ fn uid(process: &Path) -> anyhow::Result<u32> {
     Ok(line.split(' ').next().context("no user")?.parse()?)
 }
 
+/// `N` in place of each number.
+pub(super) fn without_numbers(text: &str) -> String {
+    let mut plain: String = text.chars().map(|c| if c.is_ascii_digit() { 'N' } else { c }).collect();
+    while plain.contains("NN") {
+        plain = plain.replace("NN", "N");
+    }
+    plain
+}
+
 /// What the descriptors of `process` are, without numbers and names that differ from pod to pod.
-fn descriptors(process: &Path, directory: &Path) -> anyhow::Result<BTreeSet<String>> {
+pub(super) fn descriptors(process: &Path, directory: &Path) -> anyhow::Result<BTreeSet<String>> {
     let mut kinds = BTreeSet::new();
     for entry in fs::read_dir(process.join("fd"))? {
         let target = fs::read_link(entry?.path())?.display().to_string();
@@ -79,26 +88,38 @@ fn descriptors(process: &Path, directory: &Path) -> anyhow::Result<BTreeSet<Stri
         let target = match target {
             path if path.contains("/scratch/") => "SCRATCH".to_owned(),
             path if path.contains("/images/") => "IMAGES".to_owned(),
-            other => {
-                let mut plain: String = other.chars().map(|c| if c.is_ascii_digit() { 'N' } else { c }).collect();
-                while plain.contains("NN") {
-                    plain = plain.replace("NN", "N");
-                }
-                plain
-            }
+            other => without_numbers(&other),
         };
         kinds.insert(target);
     }
     Ok(kinds)
 }
 
+/// No namespace of `process` is one of `other`'s.
+pub(super) fn check_namespaces(process: &Path, other: &Path) -> anyhow::Result<()> {
+    for namespace in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
+        let namespace = Path::new("ns").join(namespace);
+        let (own, others) = (fs::read_link(process.join(&namespace))?, fs::read_link(other.join(&namespace))?);
+        ensure!(own != others, "{} of both", own.display());
+    }
+    Ok(())
+}
+
+/// Soft and hard limit are both what is given.
+pub(super) fn check_limits(process: &Path, expected: &[(&str, &str)]) -> anyhow::Result<()> {
+    let limits = fs::read_to_string(process.join("limits"))?;
+    for (name, value) in expected {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
+        let values: Vec<&str> = line.split_whitespace().take(2).collect();
+        ensure!(values == [*value, *value], "{name}: {values:?}");
+    }
+    Ok(())
+}
+
 fn check_process(process: &Path, directory: &Path) -> anyhow::Result<()> {
     // Not dumpable: its files in /proc are root's, though it is not.
     assert_eq!(fs::metadata(process.join("fd"))?.uid(), 0);
-    for namespace in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
-        let (own, ours) = (process.join("ns").join(namespace), Path::new("/proc/self/ns").join(namespace));
-        assert_ne!(fs::read_link(own)?, fs::read_link(ours)?, "{namespace}");
-    }
+    check_namespaces(process, "/proc/self".as_ref())?;
     let mounts = fs::read_to_string(process.join("mountinfo"))?;
     let mount: Vec<&str> = mounts.lines().next().context("a root")?.split(' ').collect();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
@@ -111,12 +132,7 @@ fn check_process(process: &Path, directory: &Path) -> anyhow::Result<()> {
         interfaces.lines().skip(2).filter_map(|line| line.split(':').next()).map(str::trim).collect();
     assert_eq!(names, ["lo"]);
 
-    let limits = fs::read_to_string(process.join("limits"))?;
-    for (name, value) in LIMITS {
-        let line = limits.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
-        let values: Vec<&str> = line.split_whitespace().take(2).collect();
-        assert_eq!(values, [value, value], "{name}");
-    }
+    check_limits(process, &LIMITS)?;
     assert_eq!(descriptors(process, directory)?, DESCRIPTORS.map(str::to_owned).into());
     Ok(())
 }
@@ -155,10 +171,7 @@ async fn a_vmm_has_what_the_golden_list_says_and_nothing_of_another_ones() -> an
         assert!(kinds.contains(kind), "{kind} is not among {kinds:?}");
     }
     let other = second.vmm(state)?;
-    for namespace in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
-        let namespace = Path::new("ns").join(namespace);
-        assert_ne!(fs::read_link(process.join(&namespace))?, fs::read_link(other.join(&namespace))?);
-    }
+    check_namespaces(&process, &other)?;
     let users = [uid(&process)?, uid(&other)?];
     assert!(users[0] != users[1] && users.iter().all(|user| USERS.contains(user)), "{users:?}");
     first.remove().await?;
