@@ -22,6 +22,8 @@ const MAX_STATE_DIR: usize = 107 - "/sandboxes/0123456789ab/control.sock".len();
 pub struct RawConfig {
     /// The CRI socket, `unix:///absolute/path`.
     pub socket: Option<String>,
+    /// Whose members may open it besides root.
+    pub socket_group: Option<RawGroup>,
     /// What outlives a reboot: images, the database, scratch disks.
     pub root: Option<PathBuf>,
     /// What does not: sockets and exit records of running VMs.
@@ -38,6 +40,16 @@ pub struct RawConfig {
     pub cni: RawCni,
     /// Exec, attach and port-forward.
     pub streaming: RawStreaming,
+}
+
+/// A group, as it is written.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum RawGroup {
+    /// Its number.
+    Id(u32),
+    /// Its name on this host.
+    Name(String),
 }
 
 /// Section `[vmm]`.
@@ -133,6 +145,8 @@ pub struct RawStreaming {
 pub struct Config {
     /// Path of the CRI socket.
     pub socket: PathBuf,
+    /// The group that may open it; none for root alone.
+    pub socket_group: Option<u32>,
     /// What outlives a reboot.
     pub root: PathBuf,
     /// What does not. Called `stateDir` in the verbose status, where critest looks for it.
@@ -322,9 +336,16 @@ impl Config {
             mistakes
                 .add("state", format!("longer than {MAX_STATE_DIR} bytes, so its sockets would have no valid name"));
         }
+        let root = mistakes.absolute("root", raw.root.unwrap_or_else(|| "/var/lib/isopod".into()));
+        let socket_group = raw.socket_group.and_then(|group| check_group(group, &mut mistakes));
+        if socket_group.is_some() && (socket.starts_with(&state) || socket.starts_with(&root)) {
+            let problem = "only root can enter `state` and `root`: the socket of a group must be in another directory";
+            mistakes.add("socket_group", problem.to_owned());
+        }
         let config = Self {
             socket,
-            root: mistakes.absolute("root", raw.root.unwrap_or_else(|| "/var/lib/isopod".into())),
+            socket_group,
+            root,
             state,
             log_level: raw.log_level.unwrap_or_else(|| "info".to_owned()),
             vmm: check_vmm(raw.vmm, &mut mistakes),
@@ -338,6 +359,19 @@ impl Config {
         }
         if mistakes.0.is_empty() { Ok(config) } else { Err(mistakes.0) }
     }
+}
+
+fn check_group(group: RawGroup, mistakes: &mut Mistakes) -> Option<u32> {
+    let name = match group {
+        RawGroup::Id(id) => return Some(id),
+        RawGroup::Name(name) => name,
+    };
+    match nix::unistd::Group::from_name(&name) {
+        Ok(Some(group)) => return Some(group.gid.as_raw()),
+        Ok(None) => mistakes.add("socket_group", format!("there is no group {name:?}")),
+        Err(error) => mistakes.add("socket_group", format!("cannot look for the group {name:?}: {error}")),
+    }
+    None
 }
 
 fn check_vmm(raw: RawVmm, mistakes: &mut Mistakes) -> VmmConfig {
@@ -550,6 +584,18 @@ mod tests {
     fn an_empty_file_is_the_same_as_the_default_file() {
         let (empty, default) = (parse("").expect("valid"), parse(DEFAULT_FILE).expect("valid"));
         assert_eq!(format!("{empty:?}"), format!("{default:?}"));
+    }
+
+    #[test]
+    fn the_group_of_the_socket_is_a_name_or_a_number_and_can_reach_it() {
+        let elsewhere = "socket = \"unix:///run/cri.sock\"\nsocket_group = ";
+        assert_eq!(parse(&format!("{elsewhere}4321")).expect("valid").socket_group, Some(4321));
+        assert_eq!(parse(&format!("{elsewhere}\"root\"")).expect("valid").socket_group, Some(0));
+        assert_eq!(parse("").expect("valid").socket_group, None);
+        for bad in [format!("{elsewhere}\"no such group\""), "socket_group = 4321".to_owned()] {
+            let Err(ConfigError::Mistakes { mistakes, .. }) = parse(&bad) else { panic!("{bad} is a mistake") };
+            assert_eq!(mistakes.iter().map(|mistake| mistake.field).collect::<Vec<_>>(), ["socket_group"]);
+        }
     }
 
     #[test]

@@ -1,14 +1,12 @@
 //! The daemon from start to end.
 
 use std::fs::Permissions;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use isopod_image_store::{Endpoint, ImageStore, PreloadError, Preloaded, StoreConfig};
-use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +25,7 @@ use crate::network::Network;
 use crate::runtime::Runtime;
 use crate::sandbox::users::Users;
 use crate::sandbox::{SandboxRecord, scratch};
+use crate::socket;
 use crate::store::Store;
 use crate::streaming::Streaming;
 use crate::volume::mirror::watch::Watches;
@@ -45,12 +44,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             .mode(0o700)
             .create(directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
+        // Somebody else may have made it before, such as systemd.
+        std::fs::set_permissions(directory, Permissions::from_mode(0o700))
+            .with_context(|| format!("cannot protect {}", directory.display()))?;
     }
     let store = Store::open(&config.root.join("state.redb"))?;
     let stored = store.load()?;
     let images = ImageStore::open(image_config(&config))?;
     let network = Network::new(&config, store.clone());
-    let (socket, streaming) = (config.socket.clone(), config.streaming.clone());
+    let (socket, group, streaming) = (config.socket.clone(), config.socket_group, config.streaming.clone());
     let preload = config.images.preload.clone();
     network.adopt(&stored.sandboxes.iter().map(SandboxRecord::known_pod).collect::<Vec<_>>()).await;
     prepare_node(&config, &network).await;
@@ -70,7 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {} for streams", streaming.address))?;
 
     // Last, as whoever finds the socket expects answers.
-    let listener = listen(&socket)?;
+    let listener = socket::listen(&socket, group)?;
     let stopping = CancellationToken::new();
     let mut signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let server = Server::builder()
@@ -151,20 +153,4 @@ pub(crate) fn image_config(config: &Config) -> StoreConfig {
     store.max_layers_at_once = config.images.concurrent_layers_total;
     store.pull_progress_timeout = config.images.progress_timeout;
     store
-}
-
-/// Listens on the CRI socket, for root alone.
-fn listen(path: &Path) -> anyhow::Result<UnixListener> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
-    }
-    if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        anyhow::ensure!(metadata.file_type().is_socket(), "{} is in the way of the CRI socket", path.display());
-        // Only one daemon can have the database open, so nobody listens there.
-        std::fs::remove_file(path).with_context(|| format!("cannot remove the old {}", path.display()))?;
-    }
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect {}", path.display()))?;
-    Ok(listener)
 }

@@ -32,6 +32,7 @@ pub mod network;
 mod object_id;
 pub mod runtime;
 pub mod sandbox;
+mod socket;
 pub mod stop_all;
 pub mod store;
 pub mod streaming;
