@@ -3,3 +3,4 @@
 pub mod log;
 mod pod_life;
 pub mod pods;
+pub mod restart;

@@ -1,19 +1,24 @@
-//! `soak log|pods MINUTES`: see [`isopod_tests::soak`]. Runs in the test node.
+//! `soak log|pods MINUTES`, `soak restart PODS`: see [`isopod_tests::soak`]. Runs in the test node.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use isopod_tests::soak::{log, pods};
+use isopod_tests::soak::{log, pods, restart};
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let usage = "usage: soak log|pods MINUTES";
-    let (what, minutes) = (std::env::args().nth(1).context(usage)?, std::env::args().nth(2).context(usage)?);
-    let duration = Duration::from_secs(minutes.parse::<u64>().context(usage)? * 60);
+    let usage = "usage: soak log|pods MINUTES | soak restart PODS";
+    let (what, number) = (std::env::args().nth(1).context(usage)?, std::env::args().nth(2).context(usage)?);
+    let number: u32 = number.parse().context(usage)?;
+    let duration = Duration::from_secs(u64::from(number) * 60);
     match what.as_str() {
         "log" => log::run(duration).await,
         "pods" => {
             println!("{}", pods::run(duration, pods::AT_ONCE).await?);
+            Ok(())
+        }
+        "restart" => {
+            println!("{}", restart::run(number as usize).await?);
             Ok(())
         }
         _ => bail!(usage),

@@ -70,3 +70,9 @@ async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow
     std::fs::remove_dir_all(volume)?;
     Ok(())
 }
+
+#[tokio::test]
+async fn pods_serve_write_and_end_while_their_daemon_is_replaced() -> anyhow::Result<()> {
+    println!("{}", isopod_tests::soak::restart::run(4).await?);
+    Ok(())
+}
