@@ -230,7 +230,7 @@ impl Inner {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use isopod_image_store::{ImageStore, StoreConfig};
@@ -252,7 +252,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    fn context(directory: &Path) -> Context {
+    /// What a daemon has whose directories are below `directory`.
+    pub(crate) fn context(directory: &Path) -> Context {
         let raw = RawConfig {
             root: Some(directory.join("root")),
             state: Some(directory.join("state")),

@@ -3,6 +3,8 @@
 mod containers;
 mod events;
 mod features;
+#[cfg(test)]
+mod list_tests;
 mod metrics;
 mod node;
 mod pods;
