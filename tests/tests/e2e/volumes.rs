@@ -16,7 +16,7 @@ struct HostDirectory(PathBuf);
 
 impl HostDirectory {
     fn new(stem: &str) -> anyhow::Result<Self> {
-        let path = PathBuf::from(format!("/tmp/volumes/{}", unique(stem)));
+        let path = PathBuf::from(format!("/tmp/{}", unique(stem)));
         fs::create_dir_all(&path)?;
         Ok(Self(path))
     }
