@@ -89,6 +89,7 @@ snapshot() (
     awk '{print "mount " $2}' /proc/self/mounts
     find /sys/fs/cgroup -type d -printf 'cgroup %p\n'
     (($# == 0)) || find "$@" -printf 'file %p\n' 2>/dev/null
-    nft list ruleset 2>/dev/null | sed -E 's/ packets [0-9]+ bytes [0-9]+//; s/^/nft /'
+    nft list ruleset 2>/dev/null | sed -E 's/ packets [0-9]+ bytes [0-9]+//; s/^[\t ]*//' |
+      awk '/^table/ { table = $2 " " $3 } /[^}]/ { print "nft " table ": " $0 }'
   } | sort
 )

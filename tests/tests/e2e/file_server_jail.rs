@@ -16,8 +16,8 @@ const SERVER: &str = "000000008000001b";
 /// SYS_ADMIN, with which shares are attached.
 const BROKER: &str = "0000000000200000";
 /// Every descriptor of the server of a pod with one share, with numbers left out: the root, its own descriptors in a proc file
-/// system that is mounted nowhere, and what the guest knows of the share.
-const DESCRIPTORS: [&str; 6] = ["/", "/N/fd", "/dev/null", "DIRECTORY/fs.log", "SHARE", "socket:[N]"];
+/// system that is mounted nowhere, the null device of the host's /dev, which is out of sight, and what the guest knows of the share.
+const DESCRIPTORS: [&str; 6] = ["/", "/N/fd", "/null", "DIRECTORY/fs.log", "SHARE", "socket:[N]"];
 const LIMITS: [(&str, &str); 4] = [
     ("Max open files", "1048576"),
     ("Max core file size", "0"),
