@@ -94,6 +94,7 @@ mod tests {
     /// A directory that only its owner may enter, and one in it that anybody may.
     fn directories() -> (tempfile::TempDir, PathBuf) {
         let outer = tempfile::tempdir().expect("made");
+        fs::set_permissions(outer.path(), Permissions::from_mode(0o700)).expect("set");
         let inner = outer.path().join("inner");
         fs::create_dir(&inner).expect("made");
         fs::set_permissions(&inner, Permissions::from_mode(0o755)).expect("set");
