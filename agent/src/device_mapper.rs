@@ -18,7 +18,7 @@ const SECTOR_BYTES: u64 = 512;
 
 const DEV_CREATE: u8 = 3;
 const DEV_REMOVE: u8 = 4;
-/// Without [`SUSPEND_FLAG`], resumes: the table that was loaded is the device's from then on.
+/// Without its flag `DM_SUSPEND_FLAG` (1 << 1), resumes: the table that was loaded is the device's from then on.
 const DEV_SUSPEND: u8 = 6;
 const TABLE_LOAD: u8 = 9;
 const READONLY_FLAG: u32 = 1 << 0;
@@ -55,8 +55,7 @@ pub fn open_verity(name: &str, disk: &str, verity: &Verity) -> Result<PathBuf> {
         .and_then(|()| sys::device_mapper(control.as_fd(), DEV_SUSPEND, &mut resume))
         .context(text);
     match loaded {
-        // The kernel's huge_encode_dev: the minor number is in two parts.
-        Ok(()) => Ok(PathBuf::from(format!("/dev/dm-{}", (device & 0xff) | ((device >> 12) & 0xf_ff00)))),
+        Ok(()) => Ok(PathBuf::from(format!("/dev/dm-{}", rustix::fs::minor(device)))),
         Err(error) => {
             // The first error is the one to be told.
             let _ = close(name);

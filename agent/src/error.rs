@@ -63,10 +63,7 @@ impl Error {
 
     /// The whole text, causes included: what is printed once, at the edge.
     pub fn chain(&self) -> String {
-        match &self.source {
-            Some(source) => format!("{}: {source}", self.what),
-            None => self.what.clone(),
-        }
+        isopod_proto::chain(self)
     }
 }
 

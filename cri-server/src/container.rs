@@ -94,6 +94,12 @@ impl ContainerState {
         Exit { started_at, finished_at, exit_code, reason: reason.to_owned(), message: String::new() }
     }
 
+    /// The state after the start failed, for what `message` says.
+    pub fn start_failed(now: i64, message: String) -> Self {
+        let reason = reason::START_ERROR.to_owned();
+        Self::Exited(Exit { started_at: 0, finished_at: now, exit_code: START_FAILED, reason, message })
+    }
+
     /// The state after the VM ended under the container.
     pub fn lost(&self, now: i64, message: String) -> Exit {
         let started_at = self.started_at();

@@ -78,7 +78,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
         Command::Image(command) => {
             let config = load(arguments.config.as_deref())?;
-            let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+            let runtime = async_runtime()?;
             let result = runtime.block_on(image_command::run(command, &config));
             // A thread may still wait for standard input.
             runtime.shutdown_background();
@@ -86,7 +86,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
         Command::StopAll { grace } => {
             let config = load(arguments.config.as_deref())?;
-            let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+            let runtime = async_runtime()?;
             runtime.block_on(stop_all::run(&config, Duration::from_secs(grace))).map(|()| ExitCode::SUCCESS)
         }
         Command::Daemon => {
@@ -96,13 +96,17 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 .with_writer(std::io::stderr)
                 .with_ansi(std::io::stderr().is_terminal())
                 .init();
-            let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+            let runtime = async_runtime()?;
             let result = runtime.block_on(daemon::run(config));
             // Threads that still read or write are not worth waiting for: what they do is undone at the next start.
             runtime.shutdown_background();
             result.map(|()| ExitCode::SUCCESS)
         }
     }
+}
+
+fn async_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Runtime::new().context("cannot start the async runtime")
 }
 
 fn load(given: Option<&Path>) -> anyhow::Result<Config> {

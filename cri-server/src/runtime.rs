@@ -85,9 +85,8 @@ impl Runtime {
             let resumed = Driver::resume(Arc::clone(context), record, own).instrument(span.clone()).await;
             let Some(driver) = resumed else { continue };
             tracing::info!(sandbox = %id, "sandbox taken up");
-            let reservation =
-                if used { Reservation::Delivered(id.clone()) } else { Reservation::Undelivered(id.clone()) };
-            self.inner.names.lock().insert(key, reservation);
+            let reserve = if used { Reservation::Delivered } else { Reservation::Undelivered };
+            self.inner.names.lock().insert(key, reserve(id.clone()));
             self.inner.launch(&id, driver, span);
             kept.push(id);
         }

@@ -4,12 +4,13 @@
 use isopod_proto::ObjectId;
 use isopod_proto::agent::present_container::Stage;
 use isopod_proto::agent::{InventoryRequest, InventoryResponse, PresentContainer};
+use tokio::time::Instant;
 
 use super::bring_up::SCRATCH_DISK;
 use super::driver::Driver;
 use super::empty_dirs::DISK_PREFIX;
 use super::{exec, now};
-use crate::container::{ContainerState, Exit, START_FAILED, reason};
+use crate::container::ContainerState;
 use crate::grpc::status::chain;
 use crate::guest::SHORT;
 use crate::vmm;
@@ -27,6 +28,11 @@ impl Driver {
         match asked.await {
             Ok(InventoryResponse { containers, exec_process_ids }) => {
                 for container in containers.into_iter().take(MOST) {
+                    // The sandbox's clients wait meanwhile, which is not for the guest to prolong.
+                    if Instant::now() >= self.patience {
+                        tracing::warn!("the guest takes too long; what else it has is left alone");
+                        break;
+                    }
                     self.adopt_container(&container).await;
                 }
                 self.end_commands(exec_process_ids);
@@ -64,17 +70,14 @@ impl Driver {
         let state = match present.stage() {
             Stage::Created => return,
             Stage::Started => {
-                // The guest's clock may be a little off, or far.
-                let started_at = present.started_at_nanos.clamp(container.record.created_at, now());
+                // The guest's clock may be a little off, or far, and this machine's may have been set back.
+                let started_at = present.started_at_nanos.min(now()).max(container.record.created_at);
                 ContainerState::Running { started_at }
             }
-            Stage::Failed => ContainerState::Exited(Exit {
-                started_at: 0,
-                finished_at: now(),
-                exit_code: START_FAILED,
-                reason: reason::START_ERROR.to_owned(),
-                message: "it could not be started; why was lost with the daemon that started it".to_owned(),
-            }),
+            Stage::Failed => {
+                let message = "it could not be started; why was lost with the daemon that started it";
+                ContainerState::start_failed(now(), message.to_owned())
+            }
         };
         tracing::info!(container = %id, ?state, "a start that was cut off");
         let runs = matches!(state, ContainerState::Running { .. });

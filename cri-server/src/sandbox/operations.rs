@@ -19,7 +19,7 @@ use super::driver::{Container, Driver, Event, Reply};
 use super::exec::{self, Outcome};
 use super::{SandboxError, now, resources};
 use crate::container::{
-    self, ContainerRecord, ContainerState, Exit, START_FAILED, SpecError, User, create_request, exec_process, reason,
+    self, ContainerRecord, ContainerState, Exit, SpecError, User, create_request, exec_process,
 };
 use crate::cri;
 use crate::grpc::status::chain;
@@ -233,13 +233,7 @@ impl Driver {
         let result = self.start_process(id).await;
         let state = match &result {
             Ok(()) => ContainerState::Running { started_at: now() },
-            Err(error) => ContainerState::Exited(Exit {
-                started_at: 0,
-                finished_at: now(),
-                exit_code: START_FAILED,
-                reason: reason::START_ERROR.to_owned(),
-                message: chain(error),
-            }),
+            Err(error) => ContainerState::start_failed(now(), chain(error)),
         };
         self.set_state(id, state).await?;
         result?;

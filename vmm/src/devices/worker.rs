@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::queue::Fault;
@@ -85,8 +86,9 @@ impl Worker {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         poll.add(stop.as_fd(), STOP, EventFlags::IN)?;
         handler.register(&poll)?;
+        // Always, which the compiler is not to know: without threads much of this file would be unused.
         #[cfg(feature = "fuzzing")]
-        if true {
+        if std::hint::black_box(true) {
             inline::start(poll, interrupt, handler);
             return Ok(Self { stop, thread: None });
         }
@@ -132,16 +134,8 @@ pub(crate) mod inline {
         let mut events = Vec::with_capacity(BATCH);
         let mut turns = move || -> Result<(), Fault> {
             for _ in 0..TURNS {
-                handler.idle(&poll)?;
-                events.clear();
-                let timeout = Timespec { tv_sec: 0, tv_nsec: 0 };
-                epoll::wait(&poll.epoll, spare_capacity(&mut events), Some(&timeout)).expect("epoll works");
-                if events.is_empty() {
+                if turn(&poll, &mut handler, &mut events, Some(Duration::ZERO))?.is_break() || events.is_empty() {
                     break;
-                }
-                for event in &events {
-                    let (token, flags) = (event.data.u64(), event.flags);
-                    handler.ready(&poll, token, flags)?;
                 }
             }
             Ok(())
@@ -166,22 +160,32 @@ pub(crate) mod inline {
 
 fn run(poll: &Poll, handler: &mut impl Handler) -> Result<(), Fault> {
     let mut events = Vec::with_capacity(BATCH);
-    loop {
-        let timeout = handler
-            .idle(poll)?
-            .map(|wait| Timespec { tv_sec: wait.as_secs().min(3600) as i64, tv_nsec: wait.subsec_nanos().into() });
-        events.clear();
-        match epoll::wait(&poll.epoll, spare_capacity(&mut events), timeout.as_ref()) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(errno) => return Err(Fault::System { what: "cannot wait for events", source: errno.into() }),
-        }
-        for event in &events {
-            let (token, flags) = (event.data.u64(), event.flags);
-            if token == STOP {
-                return Ok(());
-            }
-            handler.ready(poll, token, flags)?;
-        }
+    while turn(poll, handler, &mut events, None)?.is_continue() {}
+    Ok(())
+}
+
+/// Waits for events, no longer than `most`, and handles them. They are left in `events`.
+fn turn(
+    poll: &Poll,
+    handler: &mut impl Handler,
+    events: &mut Vec<Event>,
+    most: Option<Duration>,
+) -> Result<ControlFlow<()>, Fault> {
+    let wait = handler.idle(poll)?;
+    let timeout = most
+        .or(wait)
+        .map(|wait| Timespec { tv_sec: wait.as_secs().min(3600) as i64, tv_nsec: wait.subsec_nanos().into() });
+    events.clear();
+    match epoll::wait(&poll.epoll, spare_capacity(events), timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(errno) => return Err(Fault::System { what: "cannot wait for events", source: errno.into() }),
     }
+    for event in &*events {
+        let (token, flags) = (event.data.u64(), event.flags);
+        if token == STOP {
+            return Ok(ControlFlow::Break(()));
+        }
+        handler.ready(poll, token, flags)?;
+    }
+    Ok(ControlFlow::Continue(()))
 }

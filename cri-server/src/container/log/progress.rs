@@ -5,7 +5,7 @@
 //! them, none, or, if the kill came in the middle of the write, some, which are then taken back. So nothing is lost or doubled.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -94,15 +94,9 @@ impl ProgressFile {
     /// Opens or makes the file, and gives what is in the log at `log`.
     pub fn open(path: &Path, log: Option<&Path>) -> io::Result<(Self, Taken)> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        let mut bytes = [0; NUMBERS * 8];
-        let mut length = 0;
-        while length < bytes.len() {
-            match file.read_at(&mut bytes[length..], length as u64)? {
-                0 => break,
-                count => length += count,
-            }
-        }
-        let progress = Progress::decode(&bytes[..length]);
+        let mut bytes = Vec::with_capacity(NUMBERS * 8);
+        (&file).take(NUMBERS as u64 * 8).read_to_end(&mut bytes)?;
+        let progress = Progress::decode(&bytes);
         let taken = match log {
             Some(log) => progress.settle(log)?,
             None => progress.taken,
