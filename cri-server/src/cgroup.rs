@@ -1,15 +1,37 @@
-//! The host cgroup of a sandbox's VMM: `<cgroup_parent or /isopod>/isopod-<id>` in the v2 hierarchy.
+//! The host cgroup of a sandbox's VMM in the v2 hierarchy, below what the sandbox's config names as its parent: a directory
+//! `isopod-<id>`, or, where systemd is to know of it, a scope `isopod-<id>.scope`. The name tells which it is.
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use isopod_proto::{ErrorKind, ObjectId};
+use serde::{Deserialize, Serialize};
 
 use crate::cpu_set::CpuSet;
 
+mod scope;
+
 /// Where sandboxes go whose config names no parent.
 const DEFAULT_PARENT: &str = "/isopod";
+const DEFAULT_SLICE: &str = "isopod.slice";
+
+/// Who makes the cgroups of sandboxes. The kubelet asks, and does the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Driver {
+    /// isopod.
+    Cgroupfs,
+    /// systemd, at isopod's wish.
+    Systemd,
+}
+
+impl Driver {
+    /// systemd where it is this machine's init (sd_booted(3)): a hierarchy has one writer.
+    pub fn of_host() -> Self {
+        if Path::new("/run/systemd/system").is_dir() { Self::Systemd } else { Self::Cgroupfs }
+    }
+}
 
 /// A cgroup that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +45,23 @@ pub enum CgroupError {
         /// What was given.
         parent: String,
     },
+    /// The sandbox config's parent is no slice.
+    #[error("cgroup_parent {parent:?} is not a slice of systemd, or its path, as cgroup_driver \"systemd\" has it")]
+    NoSlice {
+        /// What was given.
+        parent: String,
+    },
+    /// systemd does not do it.
+    #[error("systemd cannot {doing} {unit}")]
+    Systemd {
+        /// What was tried.
+        doing: &'static str,
+        /// With which unit.
+        unit: String,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The kernel does not take a set of CPUs or memory nodes.
     #[error("cannot set {file} of cgroup {path} to {list:?}")]
     Restrict {
@@ -31,6 +70,17 @@ pub enum CgroupError {
         /// What was written.
         list: String,
         /// Of which cgroup.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A controller is not to be had.
+    #[error("cannot pass the {controller} controller on from cgroup {path}")]
+    PassOn {
+        /// Which.
+        controller: &'static str,
+        /// The cgroup that should.
         path: PathBuf,
         /// Why not.
         #[source]
@@ -54,9 +104,9 @@ impl CgroupError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NoHierarchy => ErrorKind::FailedPrecondition,
-            Self::BadParent { .. } => ErrorKind::InvalidArgument,
-            Self::Restrict { .. } => ErrorKind::FailedPrecondition,
-            Self::Io { .. } => ErrorKind::Internal,
+            Self::BadParent { .. } | Self::NoSlice { .. } => ErrorKind::InvalidArgument,
+            Self::Restrict { .. } | Self::Systemd { .. } => ErrorKind::FailedPrecondition,
+            Self::PassOn { .. } | Self::Io { .. } => ErrorKind::Internal,
         }
     }
 }
@@ -75,25 +125,49 @@ fn mounted(mounts: &str) -> Option<PathBuf> {
 }
 
 /// The cgroup's path below the hierarchy's root.
-pub fn path_of(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+fn path_of(driver: Driver, parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+    match driver {
+        Driver::Cgroupfs => directory_below(parent, id),
+        Driver::Systemd => {
+            let slice = scope::slice(if parent.is_empty() { DEFAULT_SLICE } else { parent });
+            let slice = slice.ok_or_else(|| CgroupError::NoSlice { parent: shown(parent) })?;
+            Ok(slice.join(format!("isopod-{id}.scope")))
+        }
+    }
+}
+
+/// What of a parent that may be anything is shown.
+fn shown(parent: &str) -> String {
+    parent.chars().take(200).collect()
+}
+
+fn directory_below(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
     let parent = if parent.is_empty() { DEFAULT_PARENT } else { parent };
     let mut components = Path::new(parent).components();
     let absolute = components.next() == Some(Component::RootDir);
     if !absolute || !components.clone().all(|component| matches!(component, Component::Normal(_))) {
-        return Err(CgroupError::BadParent { parent: parent.chars().take(200).collect() });
+        return Err(CgroupError::BadParent { parent: shown(parent) });
     }
     Ok(components.as_path().join(format!("isopod-{id}")))
 }
 
 /// The cgroup's directory, which need not exist.
-pub fn directory(parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
-    let relative = path_of(parent, id)?;
+pub fn directory(driver: Driver, parent: &str, id: &ObjectId) -> Result<PathBuf, CgroupError> {
+    let relative = path_of(driver, parent, id)?;
     Ok(root().ok_or(CgroupError::NoHierarchy)?.join(relative))
 }
 
-/// Makes the cgroup at `path`, and its parents where there are none.
-pub fn make(path: &Path) -> Result<(), CgroupError> {
-    std::fs::create_dir_all(path).map_err(|source| CgroupError::Io { doing: "make", path: path.into(), source })
+/// Makes the cgroup at `path`, and its parents where there are none, with the process `pid` as its first.
+pub async fn make(path: &Path, pid: i32) -> Result<(), CgroupError> {
+    if let Some(unit) = scope::unit(path) {
+        return scope::start(unit, path, pid).await;
+    }
+    std::fs::create_dir_all(path).map_err(|source| CgroupError::Io { doing: "make", path: path.into(), source })?;
+    // For memory.events. Without the controller nothing of it has a limit.
+    if let Err(error) = pass_on("memory", path) {
+        tracing::warn!(error = crate::grpc::status::chain(&error), "a kill for want of memory will not be seen");
+    }
+    enter(path, pid)
 }
 
 /// The cgroups of sandboxes below `hierarchy`'s default parent that none of `known` has.
@@ -107,7 +181,8 @@ fn orphans_below(hierarchy: &Path, known: &[ObjectId]) -> Vec<PathBuf> {
     entries.filter(|entry| entry.file_name().to_str().is_some_and(is_orphan)).map(|entry| entry.path()).collect()
 }
 
-/// Removes cgroups of sandboxes below the default parent that none of `known` has. Those below other parents go with them.
+/// Removes cgroups of sandboxes below the default parent that none of `known` has. Those below other parents go with them, and
+/// scopes with their last process.
 pub async fn remove_orphans(known: &[ObjectId]) -> Result<(), CgroupError> {
     for path in root().map(|root| orphans_below(&root, known)).unwrap_or_default() {
         tracing::info!(cgroup = %path.display(), "removing a cgroup that no sandbox has");
@@ -119,7 +194,7 @@ pub async fn remove_orphans(known: &[ObjectId]) -> Result<(), CgroupError> {
 /// Moves the process `pid` into the cgroup at `path`.
 pub fn enter(path: &Path, pid: i32) -> Result<(), CgroupError> {
     std::fs::write(path.join("cgroup.procs"), pid.to_string()).map_err(|source| CgroupError::Io {
-        doing: "move the VMM into",
+        doing: "move a process into",
         path: path.into(),
         source,
     })
@@ -134,19 +209,38 @@ pub struct CpuSets {
     pub mems: Option<CpuSet>,
 }
 
+/// Whether the kernel has killed a process of the cgroup at `path` for want of memory (cgroup-v2.rst, `memory.events`). A scope may
+/// be gone with its last process before this is asked; nobody knows then.
+pub fn oom_killed(path: &Path) -> bool {
+    let events = std::fs::read_to_string(path.join("memory.events")).unwrap_or_default();
+    events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count.trim() != "0")
+}
+
 /// Restricts the cgroup at `path` to `sets`. After an error some of them may be in force.
-pub fn restrict(path: &Path, sets: &CpuSets) -> Result<(), CgroupError> {
-    let read = |directory: &Path, file: &str| std::fs::read_to_string(directory.join(file)).unwrap_or_default();
+pub async fn restrict(path: &Path, sets: &CpuSets) -> Result<(), CgroupError> {
+    let sets = &CpuSets {
+        cpus: sets.cpus.clone().or_else(|| lifted(path, "cpuset.cpus")),
+        mems: sets.mems.clone().or_else(|| lifted(path, "cpuset.mems")),
+    };
+    match scope::unit(path) {
+        Some(unit) => scope::restrict(unit, path, sets).await,
+        None => restrict_directory(path, sets),
+    }
+}
+
+/// One that was restricted cannot be made to say nothing any more: it gets what its parent has.
+fn lifted(path: &Path, file: &str) -> Option<CpuSet> {
+    let restricted = std::fs::read_to_string(path.join(file)).is_ok_and(|list| !list.trim().is_empty());
+    let parent = path.parent().filter(|_| restricted)?;
+    CpuSet::parse(&std::fs::read_to_string(parent.join(format!("{file}.effective"))).ok()?)
+}
+
+fn restrict_directory(path: &Path, sets: &CpuSets) -> Result<(), CgroupError> {
     if sets.cpus.is_some() || sets.mems.is_some() {
-        delegate_cpuset(path)?;
+        pass_on("cpuset", path)?;
     }
     for (file, set) in [("cpuset.cpus", &sets.cpus), ("cpuset.mems", &sets.mems)] {
-        let list = match (set, path.parent()) {
-            (Some(set), _) => set.to_string(),
-            // One that was restricted cannot be made to say nothing any more: it gets what its parent has.
-            (None, Some(parent)) if !read(path, file).trim().is_empty() => read(parent, &format!("{file}.effective")),
-            (None, _) => continue,
-        };
+        let Some(list) = set.as_ref().map(CpuSet::to_string) else { continue };
         std::fs::write(path.join(file), &list).map_err(|source| CgroupError::Restrict {
             file,
             list,
@@ -157,16 +251,15 @@ pub fn restrict(path: &Path, sets: &CpuSets) -> Result<(), CgroupError> {
     Ok(())
 }
 
-/// Lets the cgroups above `path` pass the cpuset controller on to it, as far as they do not.
-fn delegate_cpuset(path: &Path) -> Result<(), CgroupError> {
+/// Lets the cgroups above `path` pass a controller on to it, as far as they do not.
+fn pass_on(controller: &'static str, path: &Path) -> Result<(), CgroupError> {
     let above: Vec<&Path> = path.ancestors().skip(1).take_while(|above| above.join("cgroup.procs").exists()).collect();
     for above in above.into_iter().rev() {
         let file = above.join("cgroup.subtree_control");
-        let failed =
-            |source| CgroupError::Io { doing: "pass the cpuset controller on from", path: above.into(), source };
+        let failed = |source| CgroupError::PassOn { controller, path: above.into(), source };
         let passed = std::fs::read_to_string(&file).map_err(failed)?;
-        if !passed.split_whitespace().any(|controller| controller == "cpuset") {
-            std::fs::write(&file, "+cpuset").map_err(failed)?;
+        if !passed.split_whitespace().any(|passed| passed == controller) {
+            std::fs::write(&file, format!("+{controller}")).map_err(failed)?;
         }
     }
     Ok(())
@@ -187,65 +280,4 @@ pub async fn remove(path: &Path) -> Result<(), CgroupError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id() -> ObjectId {
-        ObjectId::from_random([0xab; 32])
-    }
-
-    #[test]
-    fn the_hierarchy_is_found_among_the_mounts() {
-        let mounts =
-            "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
-        assert_eq!(mounted(mounts), Some("/sys/fs/cgroup".into()));
-        assert_eq!(mounted("proc /proc proc rw 0 0\n"), None);
-    }
-
-    #[test]
-    fn a_sandbox_is_below_its_parent() {
-        let path = path_of("/kubepods/burstable/pod1", &id()).expect("a good parent");
-        assert_eq!(path, PathBuf::from(format!("kubepods/burstable/pod1/isopod-{}", id())));
-        assert!(path_of("", &id()).expect("the default").starts_with("isopod"));
-    }
-
-    #[test]
-    fn only_cgroups_of_unknown_sandboxes_are_orphans() {
-        let hierarchy = tempfile::tempdir().expect("a directory");
-        let other = ObjectId::from_random([1; 32]);
-        for name in [format!("isopod/isopod-{}", id()), format!("isopod/isopod-{other}"), "isopod/isopod-x".into()] {
-            std::fs::create_dir_all(hierarchy.path().join(name)).expect("made");
-        }
-        let expected = hierarchy.path().join(format!("isopod/isopod-{other}"));
-        assert_eq!(orphans_below(hierarchy.path(), &[id()]), [expected]);
-        assert!(orphans_below(Path::new("/nowhere"), &[]).is_empty());
-    }
-
-    #[test]
-    fn a_restriction_is_lifted_to_what_the_parent_has() {
-        let parent = tempfile::tempdir().expect("a directory");
-        let path = parent.path().join("pod");
-        std::fs::create_dir(&path).expect("made");
-        for (file, text) in
-            [("cgroup.procs", ""), ("cgroup.subtree_control", "cpu\n"), ("cpuset.cpus.effective", "0-3\n")]
-        {
-            std::fs::write(parent.path().join(file), text).expect("written");
-        }
-        let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).unwrap_or_default();
-        restrict(&path, &CpuSets::default()).expect("nothing to do");
-        assert_eq!(read(parent.path(), "cgroup.subtree_control"), "cpu\n");
-        let sets = CpuSets { cpus: CpuSet::parse("1-2"), mems: None };
-        restrict(&path, &sets).expect("restricted");
-        assert_eq!((read(&path, "cpuset.cpus").as_str(), path.join("cpuset.mems").exists()), ("1-2", false));
-        assert_eq!(read(parent.path(), "cgroup.subtree_control"), "+cpuset");
-        restrict(&path, &CpuSets::default()).expect("lifted");
-        assert_eq!(read(&path, "cpuset.cpus").trim(), "0-3");
-    }
-
-    #[test]
-    fn a_parent_outside_the_hierarchy_is_refused() {
-        for bad in ["relative", "/a/../../etc", ".."] {
-            assert!(matches!(path_of(bad, &id()), Err(CgroupError::BadParent { .. })), "{bad}");
-        }
-    }
-}
+mod tests;

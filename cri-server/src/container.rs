@@ -100,10 +100,10 @@ impl ContainerState {
         Self::Exited(Exit { started_at: 0, finished_at: now, exit_code: START_FAILED, reason, message })
     }
 
-    /// The state after the VM ended under the container.
-    pub fn lost(&self, now: i64, message: String) -> Exit {
+    /// The state after the VM ended under the container; `oom_killed`: for want of memory.
+    pub fn lost(&self, now: i64, oom_killed: bool, message: String) -> Exit {
         let started_at = self.started_at();
-        let reason = reason::ERROR.to_owned();
+        let reason = if oom_killed { reason::OOM_KILLED } else { reason::ERROR }.to_owned();
         Exit { started_at, finished_at: now.max(started_at), exit_code: KILLED, reason, message }
     }
 
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_container_whose_vm_ended_was_killed_and_has_not_completed() {
-        let exit = ContainerState::Running { started_at: 5 }.lost(9, "the guest crashed".into());
+        let exit = ContainerState::Running { started_at: 5 }.lost(9, false, "the guest crashed".into());
         assert_eq!((exit.exit_code, exit.reason.as_str(), exit.started_at), (137, "Error", 5));
     }
 

@@ -32,6 +32,15 @@ impl CpuSet {
         Some(Self(set))
     }
 
+    /// A bit a number, the lowest first.
+    pub fn mask(&self) -> Vec<u8> {
+        let mut mask = vec![0; self.0.last().map_or(0, |last| *last as usize / 8 + 1)];
+        for number in &self.0 {
+            mask[*number as usize / 8] |= 1 << (number % 8);
+        }
+        mask
+    }
+
     /// What is in one of them.
     pub fn union(self, other: Self) -> Self {
         Self(self.0.into_iter().chain(other.0).collect())
@@ -72,6 +81,12 @@ mod tests {
         for bad in ["", ",", "1,", "-1", "1-", "2-1", "+1", "0x1", "8192", "4294967296", "a", "1 2", "0-99999999999"] {
             assert_eq!(of(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_mask_has_a_bit_a_number() {
+        assert_eq!(CpuSet::parse("0,2,8").expect("a list").mask(), [0b101, 1]);
+        assert_eq!(CpuSet::parse("15").expect("a list").mask(), [0, 0b1000_0000]);
     }
 
     #[test]

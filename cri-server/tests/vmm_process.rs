@@ -20,7 +20,6 @@ fn fake(script: &str) -> (tempfile::TempDir, PathBuf) {
     let binary = directory.path().join("vmm");
     std::fs::write(&binary, format!("#!/bin/sh\n{script}\n")).expect("written");
     std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o755)).expect("made executable");
-    std::fs::create_dir(directory.path().join("cgroup")).expect("made");
     (directory, binary)
 }
 
@@ -29,8 +28,6 @@ fn spec(directory: &Path, binary: PathBuf) -> VmSpec {
     VmSpec {
         binary,
         directory: directory.into(),
-        // A plain directory takes the pid as a file.
-        cgroup: directory.join("cgroup"),
         uid: 0x7000_0000,
         vcpus: 1,
         memory_bytes: 64 << 20,
@@ -79,10 +76,6 @@ async fn a_vmm_that_is_killed_is_told_by_its_signal() {
     let identity = vm.identity();
     assert!(vm.end().is_none());
     let again = Vm::find(identity, directory.path()).expect("it runs");
-    assert_eq!(
-        std::fs::read_to_string(directory.path().join("cgroup/cgroup.procs")).expect("there"),
-        identity.pid.to_string()
-    );
     vm.kill();
     let end = timeout(SOON, vm.ended()).await.expect("killed");
     assert!(end.message.contains("no exit record") && end.message.contains("9"), "{end:?}");
@@ -96,19 +89,6 @@ async fn a_vmm_that_cannot_be_executed_is_an_error() {
     std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o644)).expect("made a plain file");
     let error = start(directory.path(), binary).await.err().expect("not started");
     assert!(matches!(error, VmmError::Spawn { .. }), "{error:?}");
-}
-
-#[tokio::test]
-async fn a_vmm_that_cannot_enter_its_cgroup_is_killed() {
-    let (directory, binary) = fake(
-        "read -r pid rest </proc/self/stat; echo $pid >\"$(dirname \"$0\")/pid\"; cat /proc/self/fd/$2 >/dev/null; \
-         exec sleep 300",
-    );
-    std::fs::remove_dir(directory.path().join("cgroup")).expect("removed");
-    assert!(start(directory.path(), binary).await.is_err());
-    if let Ok(pid) = std::fs::read_to_string(directory.path().join("pid")) {
-        assert!(!process_exists(pid.trim().parse().expect("a pid")), "it runs on");
-    }
 }
 
 #[tokio::test]

@@ -8,11 +8,13 @@ mod client;
 mod daemon;
 mod kubelet;
 mod pod;
+mod systemd;
 
 pub use client::Cri;
 pub use daemon::{Daemon, vmms_below};
 pub use kubelet::Kubelet;
 pub use pod::{LogLine, Output, TestContainer, TestPod, shell};
+pub use systemd::Systemd;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};

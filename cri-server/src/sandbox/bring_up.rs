@@ -138,20 +138,21 @@ pub async fn bring_up(context: &Context, record: &mut SandboxRecord) -> Result<U
 
     let directory = resources::directory(context, &record.id);
     make_directory(&directory)?;
-    let cgroup = cgroup::directory(&parent, &record.id).map_err(BringUpError::Cgroup)?;
+    let cgroup = cgroup::directory(config.cgroup_driver, &parent, &record.id).map_err(BringUpError::Cgroup)?;
     // Before it is made, so that a later daemon finds it whenever this one ends.
     record.cgroup = Some(cgroup.clone());
     let uid = context.users.claim(&record.id).map_err(BringUpError::User)?;
     record.uid = Some(uid);
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     let scratch = make_scratch(context, record).await?;
-    cgroup::make(&cgroup).map_err(BringUpError::Cgroup)?;
     let attachment = context.network.attach(&record.id, &record.config).await.map_err(BringUpError::Network)?;
     record.network = Some(attachment.network.clone());
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
 
     let network = attachment.network.clone();
     let (vm, configuration, hello) = start_vm(context, record, uid, scratch, attachment).await?;
+    // It waits for its configuration, so it uses no memory before it is in its cgroup.
+    cgroup::make(&cgroup, vm.identity().pid).await.map_err(BringUpError::Cgroup)?;
     context.store.put_sandbox(record).await.map_err(BringUpError::State)?;
     configuration.deliver(&vm).await.map_err(BringUpError::Vmm)?;
     let hello = await_hello(&vm, hello, config.vmm.boot_deadline).await?;
@@ -199,7 +200,6 @@ async fn start_vm(
     let spec = VmSpec {
         binary: config.binary.clone(),
         directory: directory.into(),
-        cgroup: record.cgroup.clone().unwrap_or_default(),
         uid,
         vcpus: size.vcpus,
         memory_bytes: size.memory_bytes,

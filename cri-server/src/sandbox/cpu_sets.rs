@@ -14,7 +14,7 @@ use crate::grpc::status::chain;
 impl Driver {
     /// Puts the sets of all containers that have not ended into force, and with them those of `changed`, which is new, or has the
     /// limits given here from now on.
-    pub(super) fn apply_cpu_sets(
+    pub(super) async fn apply_cpu_sets(
         &mut self,
         changed: Option<(&ObjectId, &LinuxContainerResources)>,
     ) -> Result<(), SandboxError> {
@@ -36,15 +36,15 @@ impl Driver {
         // After an error it may be anything.
         self.cpu_sets = None;
         if let Some(path) = &self.record.cgroup {
-            cgroup::restrict(path, &wanted).map_err(SandboxError::CpuSets)?;
+            cgroup::restrict(path, &wanted).await.map_err(SandboxError::CpuSets)?;
         }
         self.cpu_sets = Some(wanted);
         Ok(())
     }
 
     /// The same when a container has ended, or has not come about.
-    pub(super) fn release_cpu_sets(&mut self) {
-        if let Err(error) = self.apply_cpu_sets(None) {
+    pub(super) async fn release_cpu_sets(&mut self) {
+        if let Err(error) = self.apply_cpu_sets(None).await {
             tracing::warn!(error = chain(&error), "the VM keeps CPUs that its containers do not have any more");
         }
     }

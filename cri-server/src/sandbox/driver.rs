@@ -271,7 +271,7 @@ impl Driver {
                 driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
                 driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
                 driver.taken_over = true;
-                driver.release_cpu_sets();
+                driver.release_cpu_sets().await;
                 driver.resume_mirrors();
                 driver.watch_vm();
                 let running: Vec<_> = driver

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::driver::{Container, Driver};
 use super::operations::SIGKILL;
 use super::{SandboxError, SandboxPhase, now, resources};
+use crate::cgroup;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, GuestError, SHORT};
 use crate::vmm::{self, VmEnd};
@@ -122,7 +123,13 @@ impl Driver {
         if self.record.phase != SandboxPhase::Ready {
             return;
         }
-        tracing::info!(reason = end.message, console = end.console, "the sandbox's VM ended");
+        let oom_killed = self.record.cgroup.as_deref().is_some_and(cgroup::oom_killed);
+        let reason = if oom_killed {
+            format!("{}, as its cgroup had reached its memory limit", end.message)
+        } else {
+            end.message.clone()
+        };
+        tracing::info!(reason, console = end.console, "the sandbox's VM ended");
         self.up = None;
         self.disks.clear();
         self.mirrors.clear();
@@ -138,7 +145,7 @@ impl Driver {
                 }
             }
             if let Some(container) = self.containers.get(&id) {
-                let exit = container.record.state.lost(now(), format!("the sandbox's VM ended: {}", end.message));
+                let exit = container.record.state.lost(now(), oom_killed, format!("the sandbox's VM ended: {reason}"));
                 self.exit(&id, exit).await;
             }
         }

@@ -18,9 +18,7 @@ use super::bring_up::Up;
 use super::driver::{Container, Driver, Event, Reply};
 use super::exec::{self, Outcome};
 use super::{SandboxError, now, resources};
-use crate::container::{
-    self, ContainerRecord, ContainerState, Exit, SpecError, User, create_request, exec_process,
-};
+use crate::container::{self, ContainerRecord, ContainerState, Exit, SpecError, User, create_request, exec_process};
 use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{GuestError, LONG, SHORT};
@@ -73,8 +71,8 @@ impl Driver {
         let process = request.process.as_ref().map(Message::encode_to_vec).unwrap_or_default();
 
         let limits = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
-        if let Err(error) = self.apply_cpu_sets(Some((&id, &limits))) {
-            self.release_cpu_sets();
+        if let Err(error) = self.apply_cpu_sets(Some((&id, &limits))).await {
+            self.release_cpu_sets().await;
             return Err(error);
         }
         if let Err(error) = self.attach(&image).await {
@@ -131,7 +129,7 @@ impl Driver {
     }
 
     async fn undo_create(&mut self, id: &ObjectId) {
-        self.release_cpu_sets();
+        self.release_cpu_sets().await;
         self.remove_in_guest(id).await;
         self.release_volumes(id).await;
         self.detach_unused().await;
@@ -279,7 +277,7 @@ impl Driver {
                 self.context.index.publish_container(&container.record);
             }
         }
-        self.release_cpu_sets();
+        self.release_cpu_sets().await;
         if let Some(container) = self.containers.get_mut(id) {
             container.log = None;
             for reply in container.stop_replies.drain(..) {
@@ -355,7 +353,7 @@ impl Driver {
         self.context.index.remove_container(id);
         let progress = resources::directory(&self.context, &self.record.id).join(format!("{}.progress", id.short()));
         let _ = std::fs::remove_file(progress); // There is none if it never ran.
-        self.release_cpu_sets();
+        self.release_cpu_sets().await;
         self.detach_unused().await;
         self.release_mirrors().await;
         Ok(())

@@ -48,7 +48,7 @@ impl Driver {
         memory_fits(&update.limits, self.record.size)?;
         let in_guest = self.record.phase == SandboxPhase::Ready && !matches!(record.state, ContainerState::Exited(_));
         if in_guest && let Err(error) = self.enforce(id, &new, resources).await {
-            self.release_cpu_sets();
+            self.release_cpu_sets().await;
             return Err(error);
         }
         linux.resources = Some(new);
@@ -58,7 +58,7 @@ impl Driver {
         }
         if let Err(error) = self.save_container(&record).await {
             if in_guest {
-                self.release_cpu_sets();
+                self.release_cpu_sets().await;
                 self.restore_in_guest(id, &old).await;
             }
             return Err(error);
@@ -76,7 +76,7 @@ impl Driver {
         new: &LinuxContainerResources,
         resources: Resources,
     ) -> Result<(), SandboxError> {
-        self.apply_cpu_sets(Some((id, new)))?;
+        self.apply_cpu_sets(Some((id, new))).await?;
         self.update_in_guest(id, resources).await
     }
 

@@ -24,7 +24,6 @@ use tokio::time::timeout;
 
 use super::stat::field;
 use super::{CONTROL_SOCKET, VSOCK_SOCKET, VmEnd, VmIdentity, VmmError, console_tail};
-use crate::cgroup;
 
 /// The signal of a process that makes a system call it may not (signal(7)).
 const SIGSYS: i32 = 31;
@@ -41,8 +40,6 @@ pub struct VmSpec {
     pub binary: PathBuf,
     /// The VM's own directory: exists, and only root can look into it.
     pub directory: PathBuf,
-    /// The VM's cgroup: exists.
-    pub cgroup: PathBuf,
     /// The user, and the group, that the VMM becomes.
     pub uid: u32,
     /// 1 to 64.
@@ -189,7 +186,7 @@ impl Vm {
         // The command holds our copies of the descriptors; the VMM's must be the only ones.
         drop(command);
         let started = Started { child: Some(child) };
-        let vm = started.enter(&spec.directory, &spec.cgroup)?;
+        let vm = started.watch(&spec.directory)?;
         Ok((vm, Configuration { pipe: config_write, bytes: config.encode_to_vec() }))
     }
 
@@ -297,11 +294,9 @@ struct Started {
 }
 
 impl Started {
-    fn enter(mut self, directory: &Path, cgroup: &Path) -> Result<Vm, VmmError> {
+    fn watch(mut self, directory: &Path) -> Result<Vm, VmmError> {
         let pid = self.child.as_ref().expect("it was just started").id() as i32;
         let failed = |doing| move |source| VmmError::Process { doing, pid, source };
-        // It waits for its configuration, so it uses no memory before it is in its cgroup.
-        cgroup::enter(cgroup, pid).map_err(|error| VmmError::Host { problem: crate::grpc::status::chain(&error) })?;
         let pidfd = open_pidfd(pid).map_err(failed("open a pidfd of"))?;
         let start_time = start_time(pid).map_err(failed("look at"))?;
         Vm::watch(VmIdentity { pid, start_time }, directory, pidfd, self.child.take())

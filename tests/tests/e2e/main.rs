@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bad_input;
+mod cgroups;
 mod containers;
 mod empty_dirs;
 mod events;

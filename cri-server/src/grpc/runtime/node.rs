@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use tonic::Status;
 
 use super::{Sandboxes, features};
+use crate::cgroup;
 use crate::check::{self, Finding};
 use crate::cri;
 use crate::grpc::info;
@@ -58,8 +59,11 @@ impl Sandboxes {
         &self,
         _: cri::RuntimeConfigRequest,
     ) -> Result<cri::RuntimeConfigResponse, Status> {
-        // The VMMs' cgroups are made as plain directories, which is the cgroupfs driver, whatever runs as init.
-        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: cri::CgroupDriver::Cgroupfs.into() };
+        let driver = match self.runtime.context().config.cgroup_driver {
+            cgroup::Driver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+            cgroup::Driver::Systemd => cri::CgroupDriver::Systemd,
+        };
+        let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: driver.into() };
         Ok(cri::RuntimeConfigResponse { linux: Some(linux) })
     }
 
