@@ -23,6 +23,8 @@ pub enum Behaviour {
     EndlessLine,
     /// Says hello, one byte a second.
     SlowHello,
+    /// Says hello, and never another word.
+    Mute,
     /// Answers what it takes to start a container, and then nothing: nor does its VMM.
     Silent,
     /// Answers with ids, names, numbers and times that cannot be.
@@ -33,22 +35,26 @@ pub enum Behaviour {
     Bloated,
     /// Ends each stream one byte later than the one before, and every second connection at once.
     Closing,
+    /// Has the pod made, and then answers nothing that a container takes.
+    Idle,
 }
 
 impl Behaviour {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::NoHello,
         Self::RubbishHello,
         Self::HugeHello,
         Self::CutHello,
         Self::EndlessLine,
         Self::SlowHello,
+        Self::Mute,
         Self::Silent,
         Self::Lying,
         Self::Flooding,
         Self::Bloated,
         Self::Closing,
+        Self::Idle,
     ];
 
     /// The memory limit, in bytes, of a pod whose agent behaves so.

@@ -26,11 +26,26 @@ impl Fake {
         Self { behaviour }
     }
 
-    /// What to say to a call that is only done or not.
-    async fn done<T: Default>(&self, startup: bool) -> Result<Response<T>, Status> {
+    /// What to say to a call that it takes to make a pod.
+    async fn ready<T: Default>(&self) -> Result<Response<T>, Status> {
         match self.behaviour {
-            _ if startup => Ok(Response::new(T::default())),
-            Behaviour::Silent => std::future::pending().await,
+            Behaviour::Mute => std::future::pending().await,
+            _ => Ok(Response::new(T::default())),
+        }
+    }
+
+    /// What to say to a call that it takes to start a container.
+    async fn started<T: Default>(&self) -> Result<Response<T>, Status> {
+        match self.behaviour {
+            Behaviour::Idle => std::future::pending().await,
+            _ => Ok(Response::new(T::default())),
+        }
+    }
+
+    /// What to say to another call that is only done or not.
+    async fn done<T: Default>(&self) -> Result<Response<T>, Status> {
+        match self.behaviour {
+            Behaviour::Silent | Behaviour::Idle => std::future::pending().await,
             // A code that does not exist, and a message that is no text.
             Behaviour::Lying => Err(Status::new(Code::from_i32(9999), "\0\x1b[2J../../".repeat(100))),
             _ => Ok(Response::new(T::default())),
@@ -41,6 +56,7 @@ impl Fake {
         let groups = match self.behaviour {
             // As many as a message holds.
             Behaviour::Bloated => vec![u32::MAX; 700_000],
+            Behaviour::Idle => return std::future::pending().await,
             _ => vec![],
         };
         let user = ResolvedUser { uid: u32::MAX, gid: u32::MAX, supplemental_groups: groups };
@@ -78,7 +94,7 @@ impl Fake {
         let container =
             ContainerStats { id: name, timestamp_nanos: i64::MIN, cgroup: Some(cgroup.clone()), ..Default::default() };
         match self.behaviour {
-            Behaviour::Silent => std::future::pending().await,
+            Behaviour::Silent | Behaviour::Idle => std::future::pending().await,
             Behaviour::Flooding => {
                 Ok(Response::new(StatsResponse { interfaces: vec![interface; 100_000], ..Default::default() }))
             }
@@ -99,63 +115,63 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl Agent for Fake {
     async fn configure_pod(&self, _: Request<ConfigurePodRequest>) -> Answer<ConfigurePodResponse> {
-        self.done(true).await
+        self.ready().await
     }
     async fn attach_disk(&self, _: Request<AttachDiskRequest>) -> Answer<AttachDiskResponse> {
-        self.done(true).await
+        self.started().await
     }
     async fn detach_disk(&self, _: Request<DetachDiskRequest>) -> Answer<DetachDiskResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn create_container(&self, _: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {
         self.create().await
     }
     async fn start_container(&self, _: Request<StartContainerRequest>) -> Answer<StartContainerResponse> {
-        self.done(true).await
+        self.started().await
     }
     async fn exec(&self, _: Request<ExecRequest>) -> Answer<ExecResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn signal(&self, _: Request<SignalRequest>) -> Answer<SignalResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn wait_process(&self, _: Request<WaitProcessRequest>) -> Answer<WaitProcessResponse> {
         self.wait().await
     }
     async fn remove_container(&self, _: Request<RemoveContainerRequest>) -> Answer<RemoveContainerResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn remove_process(&self, _: Request<RemoveProcessRequest>) -> Answer<RemoveProcessResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn resize_terminal(&self, _: Request<ResizeTerminalRequest>) -> Answer<ResizeTerminalResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn update_container(&self, _: Request<UpdateContainerRequest>) -> Answer<UpdateContainerResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn update_pod(&self, _: Request<UpdatePodRequest>) -> Answer<UpdatePodResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn attach_file_system(&self, _: Request<AttachFileSystemRequest>) -> Answer<AttachFileSystemResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn set_mirror(&self, _: Request<Streaming<MirrorPart>>) -> Answer<SetMirrorResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn remove_mirror(&self, _: Request<RemoveMirrorRequest>) -> Answer<RemoveMirrorResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn make_volume(&self, _: Request<MakeVolumeRequest>) -> Answer<MakeVolumeResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn stats(&self, _: Request<StatsRequest>) -> Answer<StatsResponse> {
         self.counters().await
     }
     async fn inventory(&self, _: Request<InventoryRequest>) -> Answer<InventoryResponse> {
-        self.done(false).await
+        self.done().await
     }
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
-        self.done(false).await
+        self.done().await
     }
 }

@@ -130,7 +130,7 @@ async fn hello(behaviour: Behaviour, mut stream: UnixStream) -> Result<()> {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
-        Behaviour::Silent | Behaviour::Lying | Behaviour::Flooding | Behaviour::Bloated | Behaviour::Closing => {
+        _ => {
             stream.write_all(b"OK 1\n").await?;
             stream.write_all(&frame).await?;
         }
