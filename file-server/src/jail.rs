@@ -14,7 +14,7 @@
 //!
 //! It has no user of its own, as the files that it serves and makes belong to anybody: what a container's process may do with them
 //! the guest's kernel decides, and the host's must let it. Nor a user namespace: in one, the five capabilities would reach the very
-//! same files. `tests/tests/e2e/jail.rs` looks at the result.
+//! same files. `tests/tests/e2e/file_server_jail.rs` looks at the result.
 
 pub(crate) mod seccomp;
 

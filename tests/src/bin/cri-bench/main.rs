@@ -1,10 +1,13 @@
 //! The same work on two container runtimes, side by side: `cri-bench NAME=SOCKET BASELINE=SOCKET`.
 //!
+//! `cri-bench mount` measures isopod alone: what an image's file system costs in a guest.
+//!
 //! Runs in the test node, as root. Each row is measured on both in turn; the last column is the first runtime's figure by the
 //! baseline's. Times are of this node and mean something only as ratios.
 
 mod io;
 mod lifecycle;
+mod mount;
 
 use std::path::Path;
 
@@ -39,6 +42,9 @@ impl Figure {
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    if std::env::args().nth(1).as_deref() == Some("mount") {
+        return mount::run().await;
+    }
     let runtimes: Vec<(String, String)> = std::env::args()
         .skip(1)
         .map(|argument| {
