@@ -21,9 +21,11 @@ pub mod size;
 pub mod users;
 
 mod cpu_sets;
+mod create;
 mod empty_dirs;
 mod ending;
 pub mod exec;
+mod image_disks;
 mod mirrors;
 mod monitor;
 mod operations;

@@ -6,16 +6,25 @@
 //! Both queues are short and bounded. The threads belong to the download: when its [`BlobSender`] is dropped before
 //! [`BlobSender::end`] they stop at their next read, and the file that was being written is removed.
 
+mod blob;
+mod chunks;
+mod inflate;
+
 use std::fs::{self, File};
-use std::io::{self, BufRead, Read};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
+use self::blob::BlobReader;
+use self::chunks::ChunkReader;
+use self::inflate::inflate;
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::inflate::inflate_pieces;
 use super::{LayerError, convert, is_disk_full};
 use crate::config::Limits;
 use crate::digest::Digest;
@@ -25,8 +34,6 @@ use crate::spool::Spool;
 const BLOB_QUEUE: usize = 32;
 const CHUNK: usize = 256 << 10;
 const CHUNK_QUEUE: usize = 4;
-/// Layers below this size may be of any ratio.
-const RATIO_FREE: u64 = 16 << 20;
 
 /// A layer to be made. `keep` is dropped when the threads are done with it, whatever came out.
 pub(crate) struct LayerJob<K> {
@@ -98,7 +105,7 @@ pub(crate) fn start<K: Send + 'static>(
 
 /// Makes the layer; on failure nothing stays behind but the spool, if another pull can go on with it.
 fn make<K>(job: &LayerJob<K>, blob: BlobReader) -> Result<(), LayerError> {
-    let spool = blob.spool.as_ref().map(Spool::place);
+    let spool = blob.spooled();
     let made = write(job, blob);
     if made.is_err() {
         // It may not have come to exist. What cannot be removed now is removed at the next start.
@@ -146,7 +153,7 @@ fn write_new(path: &Path, blob: BlobReader, limits: &Limits, expected: Expected<
     let file = File::options().read(true).write(true).create_new(true).open(path);
     let file = file.map_err(|source| LayerError::Write { source })?;
     let (chunk_sender, chunks) = sync_channel(CHUNK_QUEUE);
-    let input = ChunkReader { chunks, chunk: Vec::new(), position: 0, hasher: Sha256::new(), count: 0, ended: false };
+    let input = ChunkReader::new(chunks);
     thread::scope(|scope| {
         let inflating = thread::Builder::new()
             .name("layer-inflate".into())
@@ -222,168 +229,6 @@ pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     File::open(path.parent().expect("paths in the store have parents"))?.sync_all()
 }
 
-/// The compressed bytes: those that were kept, and then as they come.
-struct BlobReader {
-    blob: mpsc::Receiver<Message>,
-    spool: Option<Spool>,
-    current: Bytes,
-    hasher: Sha256,
-    count: u64,
-    ended: bool,
-    cancelled: bool,
-}
-
-impl BlobReader {
-    fn new(blob: mpsc::Receiver<Message>, spool: Option<Spool>) -> Self {
-        Self { blob, spool, current: Bytes::new(), hasher: Sha256::new(), count: 0, ended: false, cancelled: false }
-    }
-
-    fn hash(&mut self, data: Bytes) {
-        self.hasher.update(&data);
-        self.count += data.len() as u64;
-        self.current = data;
-    }
-}
-
-impl BufRead for BlobReader {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.current.is_empty() && !self.ended {
-            match self.spool.as_mut().map_or(Ok(None), Spool::next) {
-                Ok(None) => {}
-                Ok(Some(data)) => {
-                    self.hash(data);
-                    break;
-                }
-                // Whoever sends goes on behind what cannot be read: without that, no digest is right.
-                Err(_) => {
-                    self.ended = true;
-                    break;
-                }
-            }
-            match self.blob.blocking_recv() {
-                Some(Message::Data(data)) => {
-                    self.spool.take_if(|spool| !spool.append(&data));
-                    self.hash(data);
-                }
-                Some(Message::End) => self.ended = true,
-                None => {
-                    self.cancelled = true;
-                    return Err(io::Error::other("the download was given up"));
-                }
-            }
-        }
-        Ok(&self.current)
-    }
-
-    fn consume(&mut self, amount: usize) {
-        self.current.advance(amount);
-    }
-}
-
-impl Read for BlobReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let available = self.fill_buf()?;
-        let length = available.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&available[..length]);
-        self.consume(length);
-        Ok(length)
-    }
-}
-
-/// A blob's bytes, decompressed. What it is compressed with is told by its first bytes, as media types are often wrong.
-enum Inflater {
-    Plain(BlobReader),
-    Gzip(Box<flate2::bufread::MultiGzDecoder<BlobReader>>),
-    Zstd(zstd::stream::read::Decoder<'static, BlobReader>),
-}
-
-impl Inflater {
-    fn new(mut blob: BlobReader) -> io::Result<Self> {
-        // Enough of the first bytes are in one piece unless the network is odd; they are put together then.
-        let mut start = blob.fill_buf()?.to_vec();
-        while start.len() < 4 && !blob.ended {
-            let length = blob.current.len();
-            blob.consume(length);
-            start.extend_from_slice(blob.fill_buf()?);
-            blob.current = Bytes::copy_from_slice(&start);
-        }
-        Ok(match start.as_slice() {
-            [0x1f, 0x8b, ..] => Self::Gzip(Box::new(flate2::bufread::MultiGzDecoder::new(blob))),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd(zstd::stream::read::Decoder::with_buffer(blob)?),
-            // A skippable frame, which may come first.
-            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd(zstd::stream::read::Decoder::with_buffer(blob)?),
-            _ => Self::Plain(blob),
-        })
-    }
-
-    fn blob(&self) -> &BlobReader {
-        match self {
-            Self::Plain(blob) => blob,
-            Self::Gzip(decoder) => decoder.get_ref(),
-            Self::Zstd(decoder) => decoder.get_ref(),
-        }
-    }
-
-    fn into_blob(self) -> BlobReader {
-        match self {
-            Self::Plain(blob) => blob,
-            Self::Gzip(decoder) => decoder.into_inner(),
-            Self::Zstd(decoder) => decoder.finish(),
-        }
-    }
-
-    /// Fills `buffer` as far as the data go.
-    fn fill(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            let read = match self {
-                Self::Plain(blob) => blob.read(&mut buffer[filled..]),
-                Self::Gzip(decoder) => decoder.read(&mut buffer[filled..]),
-                Self::Zstd(decoder) => decoder.read(&mut buffer[filled..]),
-            };
-            match read {
-                Ok(0) => break,
-                Ok(length) => filled += length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(filled)
-    }
-}
-
-/// What the inflating thread does: checks the blob's digest, and sends on what is in it.
-fn inflate(
-    blob: BlobReader,
-    chunks: &SyncSender<Chunk>,
-    expected: Option<&Digest>,
-    limits: &Limits,
-) -> Result<(), LayerError> {
-    let mut inflater = Inflater::new(blob).map_err(|_| LayerError::Cancelled)?;
-    let mut bytes = 0u64;
-    loop {
-        let mut chunk = vec![0; CHUNK];
-        let length = inflater.fill(&mut chunk).map_err(|source| match inflater.blob().cancelled {
-            true => LayerError::Cancelled,
-            false => LayerError::Decompress { bytes, source },
-        })?;
-        if length == 0 {
-            break;
-        }
-        bytes += length as u64;
-        check_size(bytes, inflater.blob().count, limits)?;
-        chunk.truncate(length);
-        chunks.send(Chunk::Data(chunk)).map_err(|_| LayerError::Cancelled)?;
-    }
-    let mut blob = inflater.into_blob();
-    // Nothing is expected after the compressed data, but it would be part of the blob.
-    while !blob.fill_buf().map_err(|_| LayerError::Cancelled)?.is_empty() {
-        blob.current.clear();
-    }
-    check_digest(expected, blob.hasher, |expected, actual| LayerError::BlobDigest { expected, actual })?;
-    chunks.send(Chunk::End).map_err(|_| LayerError::Cancelled)
-}
-
 /// The digest of what went through `hasher`, which must be `expected` if that is given.
 fn check_digest(
     expected: Option<&Digest>,
@@ -395,76 +240,5 @@ fn check_digest(
     match expected {
         Some(expected) if *expected != actual => Err(mismatch(expected.clone(), actual)),
         _ => Ok(bytes),
-    }
-}
-
-/// Inflates a blob that comes in `pieces`, for the fuzzer. Gives the bytes that came out.
-#[cfg(feature = "fuzzing")]
-pub(crate) fn inflate_pieces(pieces: Vec<Bytes>, limits: &Limits) -> Result<u64, LayerError> {
-    let (sender, blob) = mpsc::channel(pieces.len() + 1);
-    for message in pieces.into_iter().map(Message::Data).chain([Message::End]) {
-        sender.try_send(message).unwrap_or_else(|_| unreachable!("there is room for all"));
-    }
-    // Room for all that is within the limit.
-    let (chunk_sender, chunks) = sync_channel(limits.max_layer_bytes as usize / CHUNK + 2);
-    inflate(BlobReader::new(blob, None), &chunk_sender, None, limits)?;
-    Ok(chunks.try_iter().map(|chunk| if let Chunk::Data(data) = chunk { data.len() as u64 } else { 0 }).sum())
-}
-
-/// Holds what came out so far against the limits.
-fn check_size(inflated: u64, compressed: u64, limits: &Limits) -> Result<(), LayerError> {
-    if inflated > limits.max_layer_bytes {
-        return Err(LayerError::Limit { what: "bytes after decompression", limit: limits.max_layer_bytes });
-    }
-    if inflated > RATIO_FREE && inflated / limits.max_inflate_ratio.max(1) > compressed {
-        return Err(LayerError::Limit { what: "times its compressed size", limit: limits.max_inflate_ratio });
-    }
-    Ok(())
-}
-
-enum Chunk {
-    Data(Vec<u8>),
-    End,
-}
-
-/// The tar stream, as it comes out of the inflating thread.
-struct ChunkReader {
-    chunks: Receiver<Chunk>,
-    chunk: Vec<u8>,
-    position: usize,
-    hasher: Sha256,
-    count: u64,
-    ended: bool,
-}
-
-impl Read for ChunkReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.position == self.chunk.len() && !self.ended {
-            match self.chunks.recv() {
-                Ok(Chunk::Data(chunk)) => {
-                    self.hasher.update(&chunk);
-                    self.count += chunk.len() as u64;
-                    (self.chunk, self.position) = (chunk, 0);
-                }
-                Ok(Chunk::End) => self.ended = true,
-                Err(_) => return Err(io::Error::other("the layer's other thread has stopped")),
-            }
-        }
-        let rest = &self.chunk[self.position..];
-        let length = rest.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&rest[..length]);
-        self.position += length;
-        Ok(length)
-    }
-}
-
-impl ChunkReader {
-    /// Checks the whole stream's digest, and gives it and the stream's length. The first half of it is the file system's
-    /// UUID: layers differ in it.
-    fn check(self, expected: Option<&Digest>) -> Result<([u8; 16], Digest, u64), LayerError> {
-        let digest = check_digest(expected, self.hasher, |expected, actual| LayerError::DiffId { expected, actual })?;
-        let mut uuid = [0; 16];
-        uuid.copy_from_slice(&digest[..16]);
-        Ok((uuid, Digest::from_bytes(&digest), self.count))
     }
 }
