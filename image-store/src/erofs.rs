@@ -8,6 +8,7 @@
 //! What was written is read back as a tree (`reader.rs`), trees of layers are merged (`merge.rs`), and a merged tree is written as
 //! a file system whose files' data are in the layers' files, which follow it on one disk.
 
+mod early_sync;
 mod format;
 mod merge;
 mod output;

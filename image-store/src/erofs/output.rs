@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
+use super::early_sync::EarlySync;
 use super::format::{ALIGNMENT, BLOCK_SIZE};
 use crate::verity;
 
@@ -21,9 +22,10 @@ pub(super) struct Output {
     /// Bytes written so far.
     position: u64,
     hasher: Hasher,
+    sync: EarlySync,
 }
 
-/// A file that was written. It is not synced.
+/// A file that was written. Not all of it is synced.
 pub(crate) struct Written {
     pub file: File,
     /// Bytes in it.
@@ -34,7 +36,13 @@ pub(crate) struct Written {
 
 impl Output {
     pub(super) fn new(file: File) -> io::Result<Self> {
-        Ok(Self { file, chunk: Vec::with_capacity(CHUNK), position: 0, hasher: Hasher::start()? })
+        Ok(Self {
+            file,
+            chunk: Vec::with_capacity(CHUNK),
+            position: 0,
+            hasher: Hasher::start()?,
+            sync: EarlySync::new(),
+        })
     }
 
     pub(super) fn position(&self) -> u64 {
@@ -76,6 +84,7 @@ impl Output {
         self.file.write_all_at(first, 0)?;
         let length = self.position.next_multiple_of(ALIGNMENT);
         self.file.set_len(length)?;
+        self.sync.finish()?;
         let mut hashes = self.hasher.finish()?;
         let first = verity::hash(first);
         hashes[..first.len()].copy_from_slice(&first);
@@ -88,6 +97,7 @@ impl Output {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.write_all(&self.chunk)?;
+        self.sync.written(&self.file, self.position)?;
         let next = self.hasher.spare.try_recv().unwrap_or_else(|_| Vec::with_capacity(CHUNK));
         self.hasher.hash(std::mem::replace(&mut self.chunk, next))
     }

@@ -23,7 +23,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// A layer that was written.
 #[derive(Debug)]
 pub(super) struct Converted {
-    /// The EROFS and its hashes, complete but not synced.
+    /// The EROFS and its hashes, complete, but not all synced.
     pub file: File,
     /// Bytes of the EROFS, a multiple of 4096.
     pub size: u64,

@@ -192,7 +192,7 @@ pub struct ConvertReport {
 }
 
 /// Converts a layer (tar, plain or compressed with gzip or zstd) to an EROFS in the new file `output`, as a pull does, but
-/// without expecting any digests and without syncing. On failure no file stays behind.
+/// without expecting any digests and without waiting for the disk at the end. On failure no file stays behind.
 pub fn convert_blob<R: Read + Send>(mut input: R, output: &Path, limits: &Limits) -> Result<ConvertReport, LayerError> {
     let (sender, blob) = mpsc::channel(BLOB_QUEUE);
     let made = thread::scope(|scope| {

@@ -30,10 +30,16 @@ const AWAY: Duration = Duration::from_secs(5);
 const ACCEPT: Duration = Duration::from_secs(10);
 /// How far the clocks of node and guest may be apart.
 const CLOCKS: Duration = Duration::from_secs(1);
-const WRITE: &str = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.5; done";
+/// Lines that all writers write a second, and requests that all servers get a second, at most: a node with more pods has no more to do.
+const RATE: f64 = 10.0;
 const SERVE: &str = "mkdir -p /www && echo served >/www/index.html && exec httpd -f -p 8080 -h /www";
 /// Ends as soon as somebody connects.
 const END: &str = "nc -l -p 9000 -e /bin/true; exit 7";
+
+/// Writes a numbered line every so many seconds.
+fn write(pause: f64) -> String {
+    format!("n=0; while :; do n=$((n+1)); echo $n; sleep {pause:.2}; done")
+}
 
 /// How it went.
 #[derive(Debug)]
@@ -78,17 +84,19 @@ enum Other {
 }
 
 impl Running {
-    async fn start(cri: &Cri, number: usize) -> Result<Self> {
+    /// Pod `number` of so many.
+    async fn start(cri: &Cri, number: usize, pods: usize) -> Result<Self> {
+        let pause = pods as f64 / RATE;
         let mut config = TestPod::config("restarted");
         let limits = cri::LinuxContainerResources { memory_limit_in_bytes: MEMORY, ..Default::default() };
         config.linux.get_or_insert_default().resources = Some(limits);
         let pod = TestPod::run_with(cri, config).await?;
         let address = pod.address().await?;
-        let writer = pod.start(shell("writer", WRITE)).await?;
+        let writer = pod.start(shell("writer", &write(pause))).await?;
         let other = match number % 4 {
             0 => {
                 pod.start(shell("server", SERVE)).await?;
-                Some(Other::Serving(Clients::start(format!("{address}:8080")).await?))
+                Some(Other::Serving(Clients::start(format!("{address}:8080"), pause / 4.0).await?))
             }
             1 => Some(Other::Ending(Box::new(pod.start(shell("ending", END)).await?))),
             2 => Some(Other::Executing),
@@ -139,7 +147,8 @@ struct Clients {
 }
 
 impl Clients {
-    async fn start(server: String) -> Result<Self> {
+    /// Asks anew so many seconds after each answer.
+    async fn start(server: String, pause: f64) -> Result<Self> {
         eventually("answer of the server", PATIENCE, async || ask(&server).await.ok()).await?;
         let stop = Arc::new(AtomicBool::new(false));
         let told = stop.clone();
@@ -148,7 +157,7 @@ impl Clients {
             while !told.load(Ordering::Relaxed) {
                 ask(&server).await.with_context(|| format!("after {answers} answers of {server}"))?;
                 answers += 1;
-                sleep(Duration::from_millis(100)).await;
+                sleep(Duration::from_secs_f64(pause)).await;
             }
             Ok(answers)
         });
@@ -182,7 +191,7 @@ pub async fn run(pods: usize) -> Result<Report> {
     cri.pull(BUSYBOX).await?;
     let mut running = Vec::new();
     for number in 0..pods {
-        running.push(Running::start(&cri, number).await.with_context(|| format!("pod {number}"))?);
+        running.push(Running::start(&cri, number, pods).await.with_context(|| format!("pod {number}"))?);
     }
     let containers = sorted(cri.containers(None).await?);
 

@@ -226,13 +226,17 @@ async fn ports_of_a_pod_are_forwarded_over_both_transports_and_both_addresses() 
         let arguments = ["port-forward", "--transport", transport, &pod.id, &ports[0], &ports[1], &ports[2]];
         let mut child = crictl(&arguments).spawn()?;
         let result = async {
-            eventually("forwarded ports", PATIENCE, async || TcpStream::connect(("127.0.0.1", local + 1)).ok()).await?;
+            // It listens on one after the other. A connection to the last one would end the session, as nobody takes it.
+            for port in [1, 2] {
+                eventually("a forwarded port", PATIENCE, async || TcpStream::connect(("127.0.0.1", local + port)).ok())
+                    .await?;
+            }
             let mut tasks = Vec::new();
             for port in [1, 2, 1, 2] {
                 tasks.push(tokio::task::spawn_blocking(move || fetch(local + port)));
             }
             for task in tasks {
-                let body = tokio::time::timeout(PATIENCE, task).await???;
+                let body = tokio::time::timeout(PATIENCE, task).await.context("it takes too long")???;
                 ensure!(body.len() == 3_000_000 && body.iter().all(|byte| *byte == b'x'), "{} bytes", body.len());
             }
             // Where nobody listens the connection is closed without a byte.
