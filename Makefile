@@ -6,7 +6,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 MINUTES ?= 10
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest bench soak fuzz bench-images node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest kubelet bench soak fuzz bench-images node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -52,6 +52,10 @@ e2e: all fixtures
 ## make critest TEST=x  the kubelet's conformance suite in the node, or the specs whose name has x in it
 critest: all fixtures
 	@tests/critest/run $(if $(TEST),"$(TEST)")
+
+## make kubelet     the real kubelet on the daemon's socket, in the node: one pod, from its start to its removal
+kubelet: all fixtures
+	@tests/kubelet/run
 
 ## make node        a shell in the test node with the daemon running
 node: all fixtures

@@ -81,7 +81,8 @@ snapshot() (
       { parent[$1] = $2; name[$1] = $3 }
       END { for (p in parent) { for (q = p; q && q != own && q != 2;) q = parent[q]; if (!q) print "process " name[p] } }'
     ip -o link | awk -F'[ :@]+' '{print "link " $2}'
-    { ip route show table all; ip rule; ip -6 rule; } | sed 's/^/route /'
+    # The kernel gives the bridge, which stays, its link-local address when it has its first port.
+    { ip route show table all; ip rule; ip -6 rule; } | grep -v 'fe80::.* dev isopod0 ' | sed 's/^/route /'
     for kind in net mnt pid ipc uts user; do
       readlink /proc/[0-9]*/ns/$kind 2>/dev/null | sort -u | sed 's/^/namespace /'
     done

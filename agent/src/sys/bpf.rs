@@ -10,6 +10,9 @@ const ATTACH_TYPE_CGROUP_DEVICE: u32 = 6;
 /// Programs of cgroups below are asked too.
 const ALLOW_MULTI: u32 = 1 << 1;
 
+/// How often a program is loaded that signals keep the kernel from verifying.
+const ATTEMPTS: usize = 10;
+
 /// One instruction, `struct bpf_insn` (linux/bpf.h).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +64,21 @@ pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: &[Instruction]) ->
         kernel_version: 0,
         flags: 0,
     };
-    // SAFETY: `load` is a prefix of union bpf_attr as BPF_PROG_LOAD reads it, and what it points to lives across the call: the
-    // slice `program`, which has `count` elements, and a constant that ends with a NUL.
-    let loaded = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
-    if loaded == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    let mut attempts = 1;
+    let loaded = loop {
+        // SAFETY: `load` is a prefix of union bpf_attr as BPF_PROG_LOAD reads it, and what it points to lives across the call: the
+        // slice `program`, which has `count` elements, and a constant that ends with a NUL.
+        let loaded = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
+        if loaded != -1 {
+            break loaded;
+        }
+        let error = io::Error::last_os_error();
+        // The verifier gives up when a signal is pending for this thread (kernel/bpf/verifier.c, do_check).
+        if error.kind() != io::ErrorKind::WouldBlock || attempts == ATTEMPTS {
+            return Err(error);
+        }
+        attempts += 1;
+    };
     let number = RawFd::try_from(loaded).expect("a descriptor is an int");
     // SAFETY: the kernel has just made this descriptor, and nobody else has it.
     let loaded = unsafe { OwnedFd::from_raw_fd(number) };
