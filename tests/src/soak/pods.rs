@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -88,13 +89,18 @@ pub async fn run(duration: Duration, at_once: usize) -> Result<Report> {
     while start.elapsed() < duration || report.daemons_killed == 0 || report.vmms_killed == 0 {
         let after = Duration::from_millis(random.below(ROUND.as_millis() as u64));
         let choice = random.below(1 << 32) as usize;
-        let pods = join_all((0..at_once).map(|_| pod_life::live(&world)));
+        let over = AtomicBool::new(false);
+        let pods = async {
+            let pods = join_all((0..at_once).map(|_| pod_life::live(&world))).await;
+            over.store(true, Ordering::Relaxed);
+            pods
+        };
         let kill = async {
             sleep(after).await;
             if report.rounds % 2 == 0 {
                 kill_daemon(&mut daemon, &world, &mut report).await
             } else {
-                kill_vmm(&daemon, &world, &mut report, choice).await
+                kill_vmm(&daemon, &world, &mut report, choice, &over).await
             }
         };
         let (pods, killed) = tokio::join!(pods, kill);
@@ -120,16 +126,20 @@ async fn kill_daemon(daemon: &mut Daemon, world: &World, report: &mut Report) ->
     Ok(())
 }
 
-/// Kills the VMM of a sandbox, as soon as there is one.
-async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: usize) -> Result<()> {
-    let (id, vmm) = eventually("sandbox that is ready", ROUND, async || {
+/// Kills the VMM of a sandbox, as soon as there is one; none if the round is over before.
+async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: usize, over: &AtomicBool) -> Result<()> {
+    let found = eventually("sandbox that is ready", ROUND, async || {
+        if over.load(Ordering::Relaxed) {
+            return Some(None);
+        }
         let mut sandboxes = world.cri().await.sandboxes(None).await.ok()?;
         sandboxes.retain(|sandbox| sandbox.state() == cri::PodSandboxState::SandboxReady);
         let id = sandboxes.get(choice % sandboxes.len().max(1))?.id.clone();
         let directory = daemon.state.join("sandboxes").join(&id[..12]);
-        Some((id, vmms_below(&directory).pop()?))
+        Some(Some((id, vmms_below(&directory).pop()?)))
     })
     .await?;
+    let Some((id, vmm)) = found else { return Ok(()) };
     world.doom(&id).await;
     // It may be stopped at this moment by its own client.
     let killed = Command::new("kill").arg("-KILL").args(vmm.file_name()).status()?;
