@@ -228,7 +228,7 @@ async fn ports_of_a_pod_are_forwarded_over_both_transports_and_both_addresses() 
         let result = async {
             // It listens on one after the other. A connection to the last one would end the session, as nobody takes it.
             for port in [1, 2] {
-                eventually("a forwarded port", PATIENCE, async || TcpStream::connect(("127.0.0.1", local + port)).ok())
+                eventually("forwarded port", PATIENCE, async || TcpStream::connect(("127.0.0.1", local + port)).ok())
                     .await?;
             }
             let mut tasks = Vec::new();

@@ -42,12 +42,12 @@ impl BlobReader {
 
     /// The bytes that come next, which stay: at least `least` unless there are fewer.
     pub(super) fn peek(&mut self, least: usize) -> io::Result<&[u8]> {
+        self.fill_buf()?;
         // They are in one piece unless the network is odd; they are put together then.
-        let mut start = self.fill_buf()?.to_vec();
-        while start.len() < least && !self.ended {
-            self.current.clear();
+        while self.current.len() < least && !self.ended {
+            let mut start = std::mem::take(&mut self.current).to_vec();
             start.extend_from_slice(self.fill_buf()?);
-            self.current = Bytes::copy_from_slice(&start);
+            self.current = start.into();
         }
         Ok(&self.current)
     }
