@@ -8,6 +8,7 @@ mod chain;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;
 mod queue;
+mod starter;
 mod sys;
 #[cfg(test)]
 mod testing;
@@ -18,6 +19,8 @@ pub mod fs;
 pub mod net;
 pub mod rng;
 pub mod vsock;
+
+pub use starter::Starter;
 
 /// Reads `data.len()` bytes at `offset` of a device's configuration space; past its end are zeroes.
 fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {

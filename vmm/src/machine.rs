@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError, BootSource, CpuStateError};
 use crate::config::{Config, DiskConfig};
+use crate::devices::Starter;
 use crate::devices::block::{Block, BlockError};
 use crate::devices::fs::{Fs, FsError};
 use crate::devices::net::{Net, NetError};
@@ -46,6 +47,9 @@ pub enum MachineError {
     /// A CPU's state is refused.
     #[error("cannot set up vCPU {0}")]
     Cpu(u8, #[source] CpuStateError),
+    /// The thread that starts others.
+    #[error("cannot start the thread that starts the devices' workers")]
+    Starter(#[source] io::Error),
     /// The threads.
     #[error("cannot run the vCPUs")]
     Vcpus(#[source] VcpuError),
@@ -92,7 +96,7 @@ impl MachineError {
             Self::FileSystem(_, error) => error.kind(),
             Self::DiskExists(_) | Self::FileSystemExists(_) => ErrorKind::AlreadyExists,
             Self::NoDisk(_) => ErrorKind::NotFound,
-            Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Vcpus(_) => ErrorKind::Internal,
+            Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Starter(_) | Self::Vcpus(_) => ErrorKind::Internal,
         }
     }
 
@@ -140,7 +144,8 @@ impl Machine {
 
         let mut bus = PciBus::new(Box::new(HostBridge::new()));
         show_configuration(&mut bus, &vm, &checked)?;
-        let builder = FunctionBuilder { vm, memory, routes };
+        let starter = Arc::new(Starter::start().map_err(MachineError::Starter)?);
+        let builder = FunctionBuilder { vm, memory, routes, starter };
         let disks = add_devices(&mut bus, &builder, config.devices)?;
         let pci = Arc::new(Mutex::new(bus));
         let io_bus = Arc::new(IoBus::new(serial, Arc::clone(&pci)));
@@ -287,6 +292,7 @@ struct FunctionBuilder {
     vm: Arc<VmFd>,
     memory: GuestMemory,
     routes: Arc<InterruptRoutes>,
+    starter: Arc<Starter>,
 }
 
 impl FunctionBuilder {
@@ -294,7 +300,14 @@ impl FunctionBuilder {
         let number = bus.free_place().map_err(|error| MachineError::Bus(device.name(), error))?;
         let vectors = Box::new(KvmVectors::new(Arc::clone(&self.routes)));
         let notifications = Box::new(KvmNotifications(Arc::clone(&self.vm)));
-        let function = VirtioFunction::new(device, self.memory.clone(), number.initial_bar(), vectors, notifications);
+        let function = VirtioFunction::new(
+            device,
+            self.memory.clone(),
+            Arc::clone(&self.starter),
+            number.initial_bar(),
+            vectors,
+            notifications,
+        );
         bus.insert(number, Box::new(function));
         Ok(number)
     }

@@ -13,6 +13,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::Starter;
+
 /// Guest memory as devices see it. Regions are never removed while a device is active.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
@@ -69,6 +71,8 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// Where interrupts go.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Starts the device's worker.
+    pub starter: Arc<Starter>,
 }
 
 /// A virtio device as the transport sees it.

@@ -9,6 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Chain;
+use super::worker::Launch;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, Interrupt};
 
 /// Most chains served without a look at the worker's other descriptors.
@@ -60,11 +61,11 @@ pub(super) struct DeviceQueue {
 }
 
 impl DeviceQueue {
-    /// Takes over all queues of a device, and gives them with the interrupt that their worker tells of its end.
-    pub fn take_over(activation: Activation) -> (Vec<Self>, Arc<dyn Interrupt>) {
-        let Activation { memory, features, queues, interrupt } = activation;
+    /// Takes over all queues of a device, and gives them with what starts their worker.
+    pub fn take_over(activation: Activation) -> (Vec<Self>, Launch) {
+        let Activation { memory, features, queues, interrupt, starter } = activation;
         let queues = queues.into_iter().map(|queue| Self::new(queue, features, &memory, &interrupt)).collect();
-        (queues, interrupt)
+        (queues, Launch { interrupt, starter })
     }
 
     /// Takes over a queue the driver has set up. `features` are those agreed on.

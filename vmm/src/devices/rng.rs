@@ -72,9 +72,9 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let (queues, interrupt) = DeviceQueue::take_over(activation);
+        let (queues, launch) = DeviceQueue::take_over(activation);
         let handler = RngWorker { queues, chain: Chain::default() };
-        let worker = Worker::spawn("rng", interrupt, self.log.clone(), handler);
+        let worker = launch.worker("rng", self.log.clone(), handler);
         self.worker = Some(worker.map_err(ActivateError::no_worker(self.name()))?);
         Ok(())
     }

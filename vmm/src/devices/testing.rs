@@ -10,6 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::Starter;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 
 /// Descriptor flags (virtio 1.2, 2.7.5).
@@ -95,7 +96,8 @@ pub fn activate(device: &mut dyn VirtioDevice, memory: &GuestMemory, features: u
         });
     }
     let interrupt = interrupt as Arc<dyn Interrupt>;
-    device.activate(Activation { memory: memory.clone(), features, queues, interrupt }).unwrap();
+    let starter = Arc::new(Starter::start().unwrap());
+    device.activate(Activation { memory: memory.clone(), features, queues, interrupt, starter }).unwrap();
     drivers
 }
 

@@ -14,6 +14,7 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::queue::Fault;
+use super::starter::Starter;
 use crate::jail::seccomp::{self, Thread};
 use crate::virtio::Interrupt;
 
@@ -74,35 +75,53 @@ pub(super) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-impl Worker {
+/// What a worker is started with.
+pub(super) struct Launch {
+    /// Is told when the worker cannot go on.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// Starts the thread.
+    pub starter: Arc<Starter>,
+}
+
+impl Launch {
     /// Starts `handler` in a thread called `name`.
-    pub fn spawn<H: Handler>(
-        name: &str,
-        interrupt: Arc<dyn Interrupt>,
-        log: FaultLog,
-        mut handler: H,
-    ) -> io::Result<Self> {
-        let poll = Poll { epoll: epoll::create(CreateFlags::CLOEXEC)? };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        poll.add(stop.as_fd(), STOP, EventFlags::IN)?;
-        handler.register(&poll)?;
+    pub fn worker<H: Handler>(self, name: &str, log: FaultLog, handler: H) -> io::Result<Worker> {
+        let Self { interrupt, starter } = self;
         // Always, which the compiler is not to know: without threads much of this file would be unused.
         #[cfg(feature = "fuzzing")]
         if std::hint::black_box(true) {
-            inline::start(poll, interrupt, handler);
-            return Ok(Self { stop, thread: None });
+            return inline::start(interrupt, handler);
         }
-        let device = name.to_owned();
-        let thread = Builder::new().name(name.to_owned()).spawn(move || {
-            seccomp::confine_started(H::THREAD);
-            if let Err(fault) = run(&poll, &mut handler) {
-                log.log(&device, &fault);
-                // Should it fail, the driver sees only that nothing is answered any more.
-                let _ = interrupt.device_needs_reset();
-            }
-        })?;
-        Ok(Self { stop, thread: Some(thread) })
+        let name = name.to_owned();
+        starter.run(move || spawn(name, interrupt, log, handler))
     }
+}
+
+fn spawn<H: Handler>(
+    name: String,
+    interrupt: Arc<dyn Interrupt>,
+    log: FaultLog,
+    mut handler: H,
+) -> io::Result<Worker> {
+    let (poll, stop) = prepare(&mut handler)?;
+    let thread = Builder::new().name(name.clone()).spawn(move || {
+        seccomp::confine_started(H::THREAD);
+        if let Err(fault) = run(&poll, &mut handler) {
+            log.log(&name, &fault);
+            // Should it fail, the driver sees only that nothing is answered any more.
+            let _ = interrupt.device_needs_reset();
+        }
+    })?;
+    Ok(Worker { stop, thread: Some(thread) })
+}
+
+/// What `handler` waits for, and what ends it when it is written.
+fn prepare(handler: &mut impl Handler) -> io::Result<(Poll, OwnedFd)> {
+    let poll = Poll { epoll: epoll::create(CreateFlags::CLOEXEC)? };
+    let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    poll.add(stop.as_fd(), STOP, EventFlags::IN)?;
+    handler.register(&poll)?;
+    Ok((poll, stop))
 }
 
 impl Drop for Worker {
@@ -130,7 +149,8 @@ pub(crate) mod inline {
         static RUNNING: RefCell<Option<Box<dyn FnMut() -> bool>>> = const { RefCell::new(None) };
     }
 
-    pub(super) fn start<H: Handler>(poll: Poll, interrupt: Arc<dyn Interrupt>, mut handler: H) {
+    pub(super) fn start<H: Handler>(interrupt: Arc<dyn Interrupt>, mut handler: H) -> io::Result<Worker> {
+        let (poll, stop) = prepare(&mut handler)?;
         let mut events = Vec::with_capacity(BATCH);
         let mut turns = move || -> Result<(), Fault> {
             for _ in 0..TURNS {
@@ -143,6 +163,7 @@ pub(crate) mod inline {
         let run =
             move || turns().or_else(|_| interrupt.device_needs_reset().and(Err(io::Error::other("fault")))).is_ok();
         RUNNING.set(Some(Box::new(run)));
+        Ok(Worker { stop, thread: None })
     }
 
     pub(super) fn stop() {

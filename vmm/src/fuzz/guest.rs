@@ -1,11 +1,13 @@
 //! A guest that does whatever the input says.
 
 use std::io;
+use std::sync::{Arc, OnceLock};
 
 use arbitrary::{Arbitrary, Unstructured};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::Starter;
 use crate::devices::worker::inline;
 use crate::layout;
 use crate::pci::{HostBridge, MsiMessage, Notifications, PciBus, VectorBackend, VirtioFunction};
@@ -96,12 +98,18 @@ impl Notifications for Nobody {
     }
 }
 
+/// One for all; it has nothing to do, as devices are driven without threads here.
+fn starter() -> Arc<Starter> {
+    static STARTER: OnceLock<Arc<Starter>> = OnceLock::new();
+    Arc::clone(STARTER.get_or_init(|| Arc::new(Starter::start().expect("a thread can be started"))))
+}
+
 /// A bus with nothing but a host bridge and `devices`, each where the guest finds it.
 pub(super) fn bus(devices: Vec<Box<dyn VirtioDevice>>, memory: &GuestMemory) -> PciBus {
     let mut bus = PciBus::new(Box::new(HostBridge::new()));
     for (device, bar) in devices.into_iter().zip((BAR as u32..).step_by(0x8000)) {
         let place = bus.free_place().expect("the bus is empty");
-        let function = VirtioFunction::new(device, memory.clone(), bar, Box::new(Nobody), Box::new(Nobody));
+        let function = VirtioFunction::new(device, memory.clone(), starter(), bar, Box::new(Nobody), Box::new(Nobody));
         bus.insert(place, Box::new(function));
     }
     bus

@@ -14,12 +14,14 @@ use libc::*;
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// The first one while it starts the vCPUs: everything that those and the workers may.
+    /// The first one while it starts the vCPUs: everything that those may.
     Start,
     /// The first one from then on: it serves the control socket.
     Main,
-    /// A vCPU's. It starts the devices' workers, when the guest's driver is ready.
+    /// A vCPU's. It wires devices, and has their workers started, when the guest's driver is ready.
     Vcpu,
+    /// The one that starts the devices' workers: everything that those may.
+    Starter,
     /// The worker of a disk.
     Block,
     /// The worker of a file system.
@@ -79,12 +81,16 @@ fn wires_devices() -> Allowed {
 
 fn vcpu() -> Allowed {
     let requests = [kvm::RUN, kvm::KVMCLOCK_CTRL, kvm::GET_REGS, kvm::GET_SREGS, TUNSETOFFLOAD as u32];
-    let own = lists::any_thread()
-        .calls(&[SYS_eventfd2, SYS_epoll_create1])
+    lists::any_thread()
+        .calls(&[SYS_eventfd2])
         .with(SYS_fcntl, 1, &[F_DUPFD_CLOEXEC as u32])
-        .with(SYS_ioctl, 1, &requests);
-    let others = [lists::starting_threads(), wires_devices(), block(), net(), stream(), vsock()];
-    others.iter().fold(own, Allowed::and)
+        .with(SYS_ioctl, 1, &requests)
+        .and(&wires_devices())
+}
+
+fn starter() -> Allowed {
+    let own = lists::any_thread().calls(&[SYS_eventfd2, SYS_epoll_create1]);
+    [lists::starting_threads(), block(), net(), stream(), vsock()].iter().fold(own, Allowed::and)
 }
 
 fn main() -> Allowed {
@@ -101,14 +107,24 @@ fn main() -> Allowed {
 }
 
 impl Thread {
-    const ALL: [Self; 8] =
-        [Self::Start, Self::Main, Self::Vcpu, Self::Block, Self::FileSystem, Self::Net, Self::Rng, Self::Vsock];
+    const ALL: [Self; 9] = [
+        Self::Start,
+        Self::Main,
+        Self::Vcpu,
+        Self::Starter,
+        Self::Block,
+        Self::FileSystem,
+        Self::Net,
+        Self::Rng,
+        Self::Vsock,
+    ];
 
     fn allowed(self) -> Allowed {
         match self {
-            Self::Start => main().and(&vcpu()),
+            Self::Start => main().and(&vcpu()).and(&lists::starting_threads()),
             Self::Main => main(),
             Self::Vcpu => vcpu(),
+            Self::Starter => starter(),
             Self::Block => block(),
             Self::FileSystem => stream(),
             Self::Net => net(),
@@ -129,7 +145,7 @@ pub fn prepare() {
 /// Puts the calling thread under the filter of its kind; without a jail, as in unit tests, it does nothing.
 pub fn confine(thread: Thread) -> io::Result<()> {
     let Some(filters) = FILTERS.get() else { return Ok(()) };
-    if thread == Thread::Start {
+    if matches!(thread, Thread::Start | Thread::Starter) {
         lists::no_clone3().apply()?;
     }
     filters.iter().filter(|(kind, _)| *kind == thread).try_for_each(|(_, filter)| filter.apply())

@@ -17,6 +17,7 @@ use super::PciFunction;
 use super::common_config::{Action, CommonConfig, NO_VECTOR};
 use super::config_space::{BAR0, COMMAND, ConfigSpace, Identity};
 use super::msix::{Msix, VectorBackend};
+use crate::devices::Starter;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 
 /// Bytes of the memory BAR.
@@ -51,6 +52,7 @@ pub trait Notifications: Send {
 pub struct VirtioFunction {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemory,
+    starter: Arc<Starter>,
     config: ConfigSpace,
     msix_control: u16,
     common: CommonConfig,
@@ -67,6 +69,7 @@ impl VirtioFunction {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
+        starter: Arc<Starter>,
         bar: u32,
         vectors: Box<dyn VectorBackend>,
         notifications: Box<dyn Notifications>,
@@ -85,6 +88,7 @@ impl VirtioFunction {
             }),
             device,
             memory,
+            starter,
             config,
             msix_control: msix_capability + MSIX_CONTROL,
             notifications,
@@ -117,6 +121,7 @@ impl VirtioFunction {
             features: self.common.features(),
             queues,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            starter: Arc::clone(&self.starter),
         };
         if self.device.activate(activation).is_err() {
             self.detach_notifications();

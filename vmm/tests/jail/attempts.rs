@@ -52,6 +52,9 @@ const fn filtered(name: &'static str, call: fn(&Outside) -> Result<(), i32>) -> 
     Attempt { name, without_filter: None, call }
 }
 
+/// Flags of a thread.
+const THREAD: i64 = (CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD) as i64;
+
 const CWD: Argument<'_> = N(AT_FDCWD as i64);
 const DIRECTORY: i64 = (O_RDONLY | O_DIRECTORY) as i64;
 const TEMPORARY: i64 = (O_RDWR | O_TMPFILE) as i64;
@@ -151,4 +154,19 @@ pub const ATTEMPTS: &[Attempt] = &[
         let protection = i64::from(PROT_READ | PROT_WRITE | PROT_EXEC);
         done(SYS_mmap, &mut [N(0), N(4096), N(protection), N((MAP_PRIVATE | MAP_ANONYMOUS).into()), N(-1), N(0)])
     }),
+];
+
+/// What the workers of devices may do, or what it takes to start them, and vCPUs may not.
+pub const OF_WORKERS: &[Attempt] = &[
+    // On a stack that is none, so that it would not live long.
+    filtered("thread", |_| done(SYS_clone, &mut [N(THREAD), N(8), N(0), N(0), N(0)])),
+    filtered("seccomp", |_| done(SYS_seccomp, &mut [N(i64::from(SECCOMP_SET_MODE_FILTER)), N(0), N(0)])),
+    filtered("read-disk", |_| done(SYS_preadv, &mut [N(0), N(0), N(0), N(0), N(0)])),
+    filtered("write-disk", |_| done(SYS_pwritev, &mut [N(0), N(0), N(0), N(0), N(0)])),
+    filtered("discard", |_| done(SYS_fallocate, &mut [N(0), N(0), N(0), N(0)])),
+    filtered("send-packet", |_| done(SYS_writev, &mut [N(0), N(0), N(0)])),
+    filtered("accept", |_| done(SYS_accept4, &mut [N(0), N(0), N(0), N(0)])),
+    filtered("send", |_| done(SYS_sendto, &mut [N(0), N(0), N(0), N(0), N(0), N(0)])),
+    filtered("receive", |_| done(SYS_recvfrom, &mut [N(0), N(0), N(0), N(0), N(0), N(0)])),
+    filtered("wait", |_| done(SYS_epoll_create1, &mut [N(0)])),
 ];

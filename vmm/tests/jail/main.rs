@@ -14,7 +14,7 @@ use std::process::{Command, ExitStatus};
 use isopod_vmm::jail::seccomp::{self, Thread};
 use isopod_vmm::jail::{self, User};
 
-use attempts::{ATTEMPTS, Outside};
+use attempts::{ATTEMPTS, Attempt, OF_WORKERS, Outside};
 
 /// Says in a planted process which attempt it is to make, and in what jail.
 const PLANTED: &str = "ISOPOD_PLANTED";
@@ -24,9 +24,10 @@ const OUTSIDE: &str = "ISOPOD_OUTSIDE";
 const DONE: i32 = 200;
 const USER: User = User { uid: 0x7000_0001, gid: 0x7000_0001 };
 /// Every kind of thread that runs while the guest does.
-const THREADS: [(&str, Thread); 7] = [
+const THREADS: [(&str, Thread); 8] = [
     ("main", Thread::Main),
     ("vcpu", Thread::Vcpu),
+    ("starter", Thread::Starter),
     ("block", Thread::Block),
     ("fs", Thread::FileSystem),
     ("net", Thread::Net),
@@ -38,7 +39,7 @@ const THREADS: [(&str, Thread); 7] = [
 fn be_planted() {
     let (Ok(what), Ok(outside)) = (std::env::var(PLANTED), std::env::var(OUTSIDE)) else { return };
     let (jail, name) = what.split_once(' ').expect("two words");
-    let attempt = ATTEMPTS.iter().find(|attempt| attempt.name == name).expect("it is in the list");
+    let attempt = ATTEMPTS.iter().chain(OF_WORKERS).find(|attempt| attempt.name == name).expect("it is in the list");
     let outside = Outside::parse(&outside).expect("as it was written");
     match jail {
         "nothing" => {}
@@ -97,14 +98,19 @@ fn root_planted_code_is_killed_at_its_first_call_whatever_thread_it_has() {
     if !is_root() {
         return;
     }
-    let victims = Victims::new();
-    for (thread, _) in THREADS {
-        for attempt in ATTEMPTS {
+    let all_are_killed = |thread: &str, attempts: &[Attempt]| {
+        let victims = Victims::new();
+        for attempt in attempts {
             let name = "root_planted_code_is_killed_at_its_first_call_whatever_thread_it_has";
             let status = victims.plant(name, thread, attempt.name);
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{} in a {thread} thread: {status}", attempt.name);
         }
+    };
+    for (thread, _) in THREADS {
+        all_are_killed(thread, ATTEMPTS);
     }
+    // What runs the guest has nothing of what serves it.
+    all_are_killed("vcpu", OF_WORKERS);
 }
 
 #[test]

@@ -93,10 +93,10 @@ impl VirtioDevice for Fs {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let (queues, interrupt) = DeviceQueue::take_over(activation);
+        let (queues, launch) = DeviceQueue::take_over(activation);
         let worker = FsWorker::new(queues, self.link.take());
         let name = self.name();
-        let worker = Worker::spawn(&name, interrupt, self.log.clone(), worker);
+        let worker = launch.worker(&name, self.log.clone(), worker);
         self.worker = Some(worker.map_err(ActivateError::no_worker(name))?);
         Ok(())
     }

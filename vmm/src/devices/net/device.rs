@@ -92,11 +92,11 @@ impl Net {
         let features = activation.features;
         tap::set_offloads(&self.tap, offloads(features)).map_err(|error| ("TUNSETOFFLOAD failed", error))?;
         let failed = |error| ("its worker cannot be started", error);
-        let (queues, interrupt) = DeviceQueue::take_over(activation);
+        let (queues, launch) = DeviceQueue::take_over(activation);
         let tap = self.tap.try_clone().map_err(failed)?;
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let worker = NetWorker::new(queues, tap, mergeable).map_err(failed)?;
-        Worker::spawn(&self.name(), interrupt, self.log.clone(), worker).map_err(failed)
+        launch.worker(&self.name(), self.log.clone(), worker).map_err(failed)
     }
 }
 

@@ -70,7 +70,7 @@ impl Vsock {
     }
 
     fn start(&self, activation: Activation) -> io::Result<Worker> {
-        let (queues, interrupt) = DeviceQueue::take_over(activation);
+        let (queues, launch) = DeviceQueue::take_over(activation);
         let mut queues = queues.into_iter().peekable();
         let mut take = |index| queues.next_if(|queue| queue.index() == index);
         let (Some(rx), Some(tx)) = (take(0), take(1)) else {
@@ -86,7 +86,7 @@ impl Vsock {
             chain: Chain::default(),
             payload: vec![0; MAX_PAYLOAD],
         };
-        Worker::spawn("vsock", interrupt, self.log.clone(), worker)
+        launch.worker("vsock", self.log.clone(), worker)
     }
 }
 

@@ -77,8 +77,9 @@ fn function(fails: bool) -> (VirtioFunction, Log) {
     let log = Log::default();
     let recorder = || Box::new(Recorder(Arc::clone(&log)));
     let memory = crate::memory::allocate(32 << 20).expect("memory");
+    let starter = Arc::new(Starter::start().unwrap());
     let device = Box::new(TestDevice { log: Arc::clone(&log), fails });
-    (VirtioFunction::new(device, memory, BAR, recorder(), recorder()), log)
+    (VirtioFunction::new(device, memory, starter, BAR, recorder(), recorder()), log)
 }
 
 /// Does what a driver does (virtio 1.2, 3.1.1) with queue 1 and MSI-X vector 1.

@@ -1,4 +1,3 @@
-use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
@@ -32,10 +31,9 @@ impl VirtioDevice for TestNet {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let queues = queues.into_iter().map(|queue| DeviceQueue::new(queue, features, &memory, &interrupt)).collect();
+        let (queues, launch) = DeviceQueue::take_over(activation);
         let worker = NetWorker::new(queues, self.tap.try_clone().unwrap(), self.mergeable).unwrap();
-        self.worker = Some(Worker::spawn("net test", Arc::clone(&interrupt), FaultLog::new(), worker).unwrap());
+        self.worker = Some(launch.worker("net test", FaultLog::new(), worker).unwrap());
         Ok(())
     }
     fn reset(&mut self) {
