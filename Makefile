@@ -42,6 +42,7 @@ test: all fixtures
 
 ## make unit        the tests that need no node: cargo test
 unit:
+	@tests/setup/packages strace
 	@tests/setup/rust
 	@$(CARGO) test --locked --workspace
 

@@ -89,8 +89,8 @@ fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl Fn(E) -> StateError
 impl Store {
     /// Opens the database at `path`, making it if it is not there.
     pub fn open(path: &Path) -> Result<Self, StateError> {
-        let database = Database::create(path)
-            .map_err(|source| StateError::Open { path: path.into(), source: Box::new(source.into()) })?;
+        let database = isopod_image_store::open_database(path)
+            .map_err(|source| StateError::Open { path: path.into(), source: Box::new(source) })?;
         let store = Self { database: Arc::new(database) };
         let found = store.write_now(|transaction| {
             for table in [SANDBOXES, CONTAINERS] {

@@ -16,7 +16,7 @@ pub(crate) use self::archive::{TarKind, TarReader};
 use self::convert::convert;
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::pipeline::inflate_pieces;
-pub(crate) use self::pipeline::{BlobSender, LayerJob, start, sync_parent};
+pub(crate) use self::pipeline::{BlobSender, LayerJob, start};
 pub use self::pipeline::{ConvertReport, convert_blob};
 
 /// Why a layer cannot be made.

@@ -15,6 +15,7 @@
 mod auth;
 mod config;
 mod digest;
+mod durable;
 mod erofs;
 #[cfg(feature = "fuzzing")]
 pub mod fuzz;
@@ -35,6 +36,7 @@ mod verity;
 pub use auth::{Auth, AuthError, AuthFields, Credentials};
 pub use config::{Endpoint, Limits, RegistryConfig, ResumeConfig, StoreConfig};
 pub use digest::{Digest, ImageId, InvalidDigest};
+pub use durable::open_database;
 pub use image::{DiskSegment, Image, ImageConfig, ImageDisk, Usage, Verity};
 pub use import::{ImportError, Imported, Progress, open_archive};
 pub use layer::{ConvertReport, LayerError, convert_blob};

@@ -20,7 +20,7 @@ mod files;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -38,6 +38,7 @@ use self::files::{check_version, remove_file};
 use crate::auth::Credentials;
 use crate::config::StoreConfig;
 use crate::digest::{Digest, ImageId};
+use crate::durable;
 use crate::image::{Image, ImageDisk, Usage, Verity};
 use crate::import::{self, ImportError, Imported, Progress};
 use crate::preload::{self, Preload, PreloadError, Preloaded};
@@ -75,11 +76,7 @@ impl ImageStore {
         check(&config).map_err(|problem| OpenError::Config { problem })?;
         for directory in [root.clone(), root.join("layers"), root.join("images"), root.join("ingest"), root.join("tmp")]
         {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)
-                .map_err(|source| OpenError::Io { path: directory, source })?;
+            durable::make_directory(&directory).map_err(|source| OpenError::Io { path: directory, source })?;
         }
         check_version(&root)?;
         let path = root.join("metadata.redb");

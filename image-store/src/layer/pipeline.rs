@@ -28,6 +28,7 @@ pub(crate) use self::inflate::inflate_pieces;
 use super::{LayerError, convert, is_disk_full};
 use crate::config::Limits;
 use crate::digest::Digest;
+use crate::durable::sync_parent;
 use crate::spool::Spool;
 
 /// What the inflating thread reads at most ahead, in chunks of the network's size.
@@ -222,11 +223,6 @@ pub fn convert_blob<R: Read + Send>(mut input: R, output: &Path, limits: &Limits
             Err(error)
         }
     }
-}
-
-/// Makes the names in the directory of `path` durable.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    File::open(path.parent().expect("paths in the store have parents"))?.sync_all()
 }
 
 /// The digest of what went through `hasher`, which must be `expected` if that is given.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::contents::Contents;
 use crate::digest::{Digest, ImageId};
+use crate::durable::open_database;
 use crate::image::{ImageConfig, Verity};
 use crate::preload::Preload;
 
@@ -89,7 +90,7 @@ pub(super) struct ImageDatabase {
 
 impl ImageDatabase {
     pub(super) fn open(path: &Path) -> Result<Self, redb::Error> {
-        Self::prepare(Database::create(path)?)
+        Self::prepare(open_database(path)?)
     }
 
     /// Makes the tables that are not there.

@@ -95,7 +95,7 @@ impl NewDisk {
     /// Gives the file its name. Durable when it returns.
     pub(super) fn put(self) -> Result<(), StoreError> {
         let NewName { temporary, target } = &self.name;
-        let put = fs::rename(temporary, target).and_then(|()| crate::layer::sync_parent(target));
+        let put = fs::rename(temporary, target).and_then(|()| crate::durable::sync_parent(target));
         put.map_err(io_error(target, "written"))
     }
 }

@@ -2,7 +2,9 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; unwrap is how a test fails")]
 
 pub mod layers;
+pub mod power;
 pub mod registry;
+pub mod world;
 
 use std::io::Write;
 use std::process::Command;
