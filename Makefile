@@ -71,13 +71,14 @@ bench-images:
 	@tests/bench/images $(or $(MB),300) $(or $(RUNS),1)
 
 ## make soak MINUTES=x  for so long each: a log that is written and rotated, no line lost or doubled, the daemon's memory flat; and
-##                  pods that come and go while VMMs and the daemon are killed; then one restart of the daemon under PODS pods (20)
+##                  pods that come and go while VMMs and the daemon are killed; then a restart of the daemon under PODS pods (20),
+##                  and SANDBOXES sandboxes (100), 20 at a time
 soak: all fixtures
 	@$(CARGO) build --release --locked -p isopod-tests --bin soak
 	@for what in log pods; do tests/node/run --timeout $$(($(MINUTES) * 60 + 900)) -- \
 		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what $(MINUTES) || exit; done
-	@tests/node/run --memory 8192 --timeout 1800 -- \
-		tests/session "$$(realpath "$(TARGET)/release/soak")" restart $(or $(PODS),20)
+	@for what in "restart $(or $(PODS),20)" "many $(or $(SANDBOXES),100)"; do tests/node/run --memory 8192 --timeout 3600 -- \
+		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what || exit; done
 
 ## make fuzz SECONDS=x  every parser of hostile bytes under a fuzzer, for so long each (30); what is found is in fuzz/artifacts
 fuzz:

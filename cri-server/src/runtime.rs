@@ -16,7 +16,8 @@ use crate::context::Context;
 use crate::cri;
 use crate::grpc::status::chain;
 use crate::leftovers;
-use crate::sandbox::driver::{Command, Driver, Reply};
+use crate::sandbox::command::{Command, Reply};
+use crate::sandbox::driver::Driver;
 use crate::sandbox::{SandboxError, SandboxKey, SandboxPhase, SandboxRecord, now};
 use crate::store::Stored;
 

@@ -12,7 +12,9 @@
 pub mod admission;
 mod adoption;
 pub mod attach;
+mod beginning;
 pub mod bring_up;
+pub mod command;
 pub mod driver;
 pub mod files;
 pub mod resources;

@@ -129,12 +129,15 @@ def registry(storage, work):
         server.wait()
 
 
-def row(name, ours, theirs, floor):
+def row(name, ours, theirs, floor, written):
     mega = 1e6
     print(
         f"| {name} | {ours.wall:.2f} s | {theirs.wall:.2f} s | **{ours.wall / theirs.wall:.2f}** "
         f"| {ours.cpu:.2f} s | {theirs.cpu:.2f} s | **{ours.cpu / theirs.cpu:.2f}** "
-        + (f"| {floor.wall:.2f} s, {floor.cpu:.2f} s | {ours.wall / floor.wall:.2f}, {ours.cpu / floor.cpu:.2f} " if floor else "| | ")
+        + "".join(
+            f"| {least.wall:.2f} s, {least.cpu:.2f} s | {ours.wall / least.wall:.2f}, {ours.cpu / least.cpu:.2f} " if least else "| | "
+            for least in (floor, written)
+        )
         + f"| {ours.memory / mega:.0f}, {theirs.memory / mega:.0f} MB | {ours.disk / mega:.0f}, {theirs.disk / mega:.0f} MB |",
         flush=True,
     )
@@ -155,8 +158,8 @@ def main():
             (storage / "images.json").write_text(json.dumps(images))
         images = json.loads((storage / "images.json").read_text())
         with registry(storage, work) as (_, certs):
-            print("| image | isopod | containerd | ratio | CPU | containerd | ratio | plain | ratio | peak memory | on disk |")
-            print("|---|---|---|---|---|---|---|---|---|---|---|")
+            print("| image | isopod | containerd | ratio | CPU | containerd | ratio | plain | ratio | written | ratio | peak memory | on disk |")
+            print("|---" * 13 + "|")
             for image in images:
                 blobs = [
                     str(storage / "docker/registry/v2/blobs/sha256" / hexadecimal[:2] / hexadecimal / "data")
@@ -168,7 +171,8 @@ def main():
                 ours = best(lambda: isopod(pull, certs, references, work))
                 theirs = best(lambda: containerd(crictl, certs, references, work))
                 floor = None if image["before"] else best(lambda: run(pull, "--floor", *blobs)[1])
-                row(image["name"], ours, theirs, floor)
+                written = None if image["before"] else best(lambda: run(pull, "--written", work, *blobs)[1])
+                row(image["name"], ours, theirs, floor, written)
 
 
 main()

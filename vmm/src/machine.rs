@@ -96,7 +96,9 @@ impl MachineError {
             Self::FileSystem(_, error) => error.kind(),
             Self::DiskExists(_) | Self::FileSystemExists(_) => ErrorKind::AlreadyExists,
             Self::NoDisk(_) => ErrorKind::NotFound,
-            Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Starter(_) | Self::Vcpus(_) => ErrorKind::Internal,
+            Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Starter(_) | Self::Vcpus(_) => {
+                ErrorKind::Internal
+            }
         }
     }
 

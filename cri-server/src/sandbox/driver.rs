@@ -9,92 +9,27 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use isopod_proto::agent::{StatsRequest, StatsResponse, WaitProcessResponse};
+use isopod_proto::agent::{StatsRequest, StatsResponse};
 use isopod_proto::{DiskId, ObjectId};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use super::admission::{self, Admission, Request};
-use super::attach::{self, SharedInput};
-use super::bring_up::{Up, bring_up};
-use super::exec::{self, Outcome};
+use super::attach::SharedInput;
+use super::bring_up::Up;
+use super::command::{Command, Event, Reply};
 use super::mirrors::Mirror;
 use super::monitor::{self, End};
-use super::update::{ContainerUpdate, PodUpdate};
-use super::{SandboxError, SandboxPhase, SandboxRecord, resources};
+use super::{SandboxError, SandboxRecord, resources};
 use crate::cgroup::CpuSets;
 use crate::container::log::ContainerLog;
 use crate::container::{ContainerRecord, ContainerState};
 use crate::context::Context;
-use crate::cri;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, GuestError, LONG, SHORT};
-use crate::streaming::requests::Wanted;
-use crate::vmm::{Vm, VmEnd};
-
-/// Where an answer goes.
-pub type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
-
-/// What an RPC handler asks of a driver.
-pub enum Command {
-    /// StopPodSandbox.
-    Stop(Reply<()>),
-    /// RemovePodSandbox; the driver ends if it succeeds.
-    Remove(Reply<()>),
-    /// CreateContainer.
-    Create(Box<cri::ContainerConfig>, Reply<ObjectId>),
-    /// StartContainer.
-    Start(ObjectId, Reply<()>),
-    /// StopContainer, with its grace.
-    StopContainer(ObjectId, Duration, Reply<()>),
-    /// RemoveContainer.
-    RemoveContainer(ObjectId, Reply<()>),
-    /// ReopenContainerLog.
-    ReopenLog(ObjectId, Reply<()>),
-    /// ExecSync: the command and its limit.
-    Exec(ObjectId, Vec<String>, Option<Duration>, Reply<Outcome>),
-    /// UpdateContainerResources.
-    UpdateContainer(ObjectId, Box<ContainerUpdate>, Reply<()>),
-    /// UpdatePodSandboxResources.
-    UpdatePod(Box<PodUpdate>, Reply<()>),
-    /// A command for a client that streams: its container, words and streams; to be run by whoever asks.
-    OpenExec(ObjectId, Vec<String>, Wanted, Reply<(Up, exec::Command)>),
-    /// A container's own process for a client that streams.
-    OpenAttach(ObjectId, Wanted, Reply<attach::Target>),
-    /// The running guest, for connections to its ports.
-    OpenPorts(Reply<Up>),
-    /// The guest's counters.
-    Stats {
-        /// Whether descriptors are to be counted.
-        descriptors: bool,
-        /// Where the answer goes.
-        reply: Reply<StatsResponse>,
-    },
-}
-
-impl Command {
-    /// Nothing else of the sandbox matters once this is asked.
-    pub fn ends_sandbox(&self) -> bool {
-        matches!(self, Self::Stop(_) | Self::Remove(_))
-    }
-}
-
-/// What the driver's own tasks tell it.
-pub(super) enum Event {
-    /// A container's process has ended; its log is complete.
-    Exited(ObjectId, WaitProcessResponse),
-    /// The agent does not know a container's process any more, for this reason.
-    Lost(ObjectId, String),
-    /// The grace of a stop is over.
-    GraceOver(ObjectId),
-    /// A killed container should have ended by now.
-    KillOverdue(ObjectId),
-    /// The VM has ended.
-    VmEnded(Arc<VmEnd>),
-}
 
 /// A container as its driver has it.
 pub(super) struct Container {
@@ -161,7 +96,7 @@ impl Drop for Driver {
 }
 
 impl Driver {
-    fn new(context: Arc<Context>, record: SandboxRecord) -> Self {
+    pub(super) fn new(context: Arc<Context>, record: SandboxRecord) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         Self {
             context,
@@ -204,94 +139,6 @@ impl Driver {
             (Err(error), Some(up)) => Err(error.or_end_of(&up.vm, call).await),
             (answer, _) => answer,
         }
-    }
-
-    /// Brings a new sandbox up. If that fails, everything is undone.
-    pub async fn start(context: Arc<Context>, record: SandboxRecord) -> Result<Self, SandboxError> {
-        let mut driver = Self::new(context, record);
-        let failure = match bring_up(&driver.context, &mut driver.record).await {
-            Ok(up) => {
-                driver.up = Some(up);
-                driver.cpu_sets = Some(CpuSets::default());
-                driver.watch_vm();
-                driver.record.phase = SandboxPhase::Ready;
-                match driver.save().await {
-                    Ok(()) => return Ok(driver),
-                    Err(error) => error,
-                }
-            }
-            Err(error) => SandboxError::BringUp(error),
-        };
-        driver.forget().await;
-        Err(failure)
-    }
-
-    /// Undoes a sandbox that never became ready. Should that fail, the next start of the daemon tries again.
-    async fn forget(&self) {
-        if let Err(error) = resources::release(&self.context, &self.record).await {
-            tracing::error!(error = chain(&error), "a sandbox that did not start is not undone");
-            return;
-        }
-        if let Err(error) = self.context.store.remove_sandbox(&self.record.id).await {
-            tracing::error!(error = chain(&error), "a sandbox that did not start is not forgotten");
-            return;
-        }
-        self.context.users.release(&self.record.id);
-    }
-
-    /// Takes up a sandbox of an earlier daemon. None: it never became ready, and is undone.
-    pub async fn resume(
-        context: Arc<Context>,
-        record: SandboxRecord,
-        containers: Vec<ContainerRecord>,
-    ) -> Option<Self> {
-        if let Some(uid) = record.uid {
-            context.users.keep(uid, &record.id);
-        }
-        let mut driver = Self::new(context, record);
-        if driver.record.phase == SandboxPhase::Starting {
-            driver.forget().await;
-            return None;
-        }
-        driver.containers = containers.into_iter().map(|record| (record.id.clone(), Container::new(record))).collect();
-        for container in driver.containers.values_mut() {
-            // Whether its creation was answered is not known: who asks again gets it.
-            container.delivered = container.record.state != ContainerState::Created;
-        }
-        for container in driver.containers.values() {
-            driver.context.index.publish_container(&container.record);
-        }
-        driver.context.index.publish_sandbox(&driver.record);
-        if driver.record.phase != SandboxPhase::Ready {
-            return Some(driver);
-        }
-        let directory = resources::directory(&driver.context, &driver.record.id);
-        match driver.record.vm.and_then(|identity| Vm::find(identity, &directory).ok()) {
-            Some(vm) => {
-                driver.up = Some(Up { vm: Arc::new(vm), guest: Guest::new(directory.join(crate::vmm::VSOCK_SOCKET)) });
-                driver.disks = driver.containers.values().flat_map(|container| container.record.disks()).collect();
-                driver.taken_over = true;
-                driver.release_cpu_sets().await;
-                driver.resume_mirrors();
-                driver.watch_vm();
-                let running: Vec<_> = driver
-                    .containers
-                    .values()
-                    .filter(|container| container.is_running())
-                    .map(|c| c.record.id.clone())
-                    .collect();
-                for id in running {
-                    if let Err(error) = driver.follow(&id) {
-                        tracing::error!(container = %id, error = chain(&error), "a container is not followed");
-                    }
-                }
-            }
-            None => {
-                let message = "it ended while the daemon did not run".to_owned();
-                driver.vm_ended(&VmEnd { message, console: String::new() }).await;
-            }
-        }
-        Some(driver)
     }
 
     /// Works until the sandbox is removed, or nobody can send commands any more.
@@ -421,11 +268,14 @@ impl Driver {
         Ok(())
     }
 
-    fn watch_vm(&mut self) {
+    pub(super) fn watch_vm(&mut self) {
         let Some(up) = &self.up else { return };
         let (vm, sender) = (Arc::clone(&up.vm), self.sender.clone());
+        let (context, id) = (Arc::clone(&self.context), self.record.id.clone());
         self.tasks.spawn(async move {
             let end = vm.ended().await;
+            // The driver may be at something that takes its time.
+            context.index.sandbox_ended(&id);
             let _ = sender.send(Event::VmEnded(end)); // The driver ends only with the sandbox or the daemon.
         });
     }

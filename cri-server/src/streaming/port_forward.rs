@@ -18,7 +18,7 @@ use super::stream::{CHUNK, Incoming, Lost, Outgoing};
 use crate::grpc::status::chain;
 use crate::guest::Guest;
 use crate::runtime::Runtime;
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 
 /// The protocol's name.
 pub const PROTOCOL: &str = "portforward.k8s.io";

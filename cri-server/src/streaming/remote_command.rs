@@ -15,7 +15,7 @@ use super::status::Outcome;
 use super::stream::{Incoming, Outgoing};
 use crate::grpc::status::chain;
 use crate::runtime::Runtime;
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::sandbox::{SandboxError, attach, exec};
 
 /// Protocol versions over SPDY, the best one first.

@@ -1,13 +1,16 @@
-//! `soak log|pods MINUTES`, `soak restart PODS`: see [`isopod_tests::soak`]. Runs in the test node.
+//! `soak log|pods MINUTES`, `soak restart PODS`, `soak many SANDBOXES`: see [`isopod_tests::soak`]. Runs in the test node.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use isopod_tests::soak::{log, pods, restart};
+use isopod_tests::soak::{log, many, pods, restart};
+
+/// Sandboxes that are started at the same time, as many as an emulated node of 8 GiB takes.
+const AT_ONCE: usize = 20;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let usage = "usage: soak log|pods MINUTES | soak restart PODS";
+    let usage = "usage: soak log|pods MINUTES | soak restart PODS | soak many SANDBOXES";
     let (what, number) = (std::env::args().nth(1).context(usage)?, std::env::args().nth(2).context(usage)?);
     let number: u32 = number.parse().context(usage)?;
     let duration = Duration::from_secs(u64::from(number) * 60);
@@ -19,6 +22,10 @@ async fn main() -> Result<()> {
         }
         "restart" => {
             println!("{}", restart::run(number as usize).await?);
+            Ok(())
+        }
+        "many" => {
+            println!("{}", many::run(number as usize, AT_ONCE).await?);
             Ok(())
         }
         _ => bail!(usage),

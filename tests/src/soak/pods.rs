@@ -7,18 +7,19 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use futures_util::future::join_all;
 use isopod_cri_server::cri;
-use rustix::process::Signal;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 
 use super::pod_life::{self, World};
-use crate::fixture::{BUSYBOX, Daemon, eventually, vmms_below};
+use crate::fixture::{BUSYBOX, Cri, Daemon, eventually, vmms_below};
 use crate::process_memory::private_bytes_outside_guest;
 
 /// Pods of a round, as many as an emulated node of 3 GiB has memory for.
@@ -37,7 +38,9 @@ pub struct Report {
     pods: usize,
     daemons_killed: u32,
     vmms_killed: u32,
-    /// From the kill of a VMM to its sandbox being shown as not ready.
+    /// From the kill of a VMM to the end of its process, which takes the kernel a while when the CPU is busy.
+    ended: Vec<Duration>,
+    /// From there to its sandbox being shown as not ready.
     noticed: Vec<Duration>,
     /// From the start of a daemon to its first answer, with the pods of a round.
     restarts: Vec<Duration>,
@@ -48,11 +51,12 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default().as_millis();
-        let Self { rounds, pods, daemons_killed, vmms_killed, noticed, restarts, memory } = self;
+        let Self { rounds, pods, daemons_killed, vmms_killed, ended, noticed, restarts, memory } = self;
         write!(
             formatter,
-            "pods: {pods} in {rounds} rounds, {vmms_killed} VMMs and {daemons_killed} daemons killed; a dead VMM noticed within {} ms, \
-             a daemon back within {} ms; {:.1} MiB at the end; no other failure, nothing left",
+            "pods: {pods} in {rounds} rounds, {vmms_killed} VMMs and {daemons_killed} daemons killed; a killed VMM gone within {} ms, and \
+             noticed within {} ms after that; a daemon back within {} ms; {:.1} MiB at the end; no other failure, nothing left",
+            longest(ended),
             longest(noticed),
             longest(restarts),
             *memory as f64 / f64::from(1 << 20),
@@ -108,7 +112,7 @@ pub async fn run(duration: Duration, at_once: usize) -> Result<Report> {
         pods.into_iter().collect::<Result<()>>()?;
         report.rounds += 1;
         report.pods += at_once;
-        nothing_is_left(&daemon, &world).await?;
+        nothing_is_left(&daemon, &world.cri().await, world.take_ids().await).await?;
         report.memory = private_bytes_outside_guest(daemon.pid(), u64::MAX)?;
         println!("soak: round {} after {:?}: {report:?}", report.rounds, start.elapsed());
         ensure!(report.memory <= MOST_MEMORY, "the daemon has {} bytes without a pod", report.memory);
@@ -142,11 +146,7 @@ async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: u
     let Some((id, vmm)) = found else { return Ok(()) };
     world.doom(&id).await;
     // It may be stopped at this moment by its own client.
-    let killed = Command::new("kill").arg("-KILL").args(vmm.file_name()).status()?;
-    let start = Instant::now();
-    if !killed.success() {
-        return Ok(());
-    }
+    let Ok(killed) = Killed::kill(&vmm) else { return Ok(()) };
     eventually("end of a sandbox whose VMM was killed", NOTICE, async || {
         let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
         match world.cri().await.runtime.pod_sandbox_status(request).await {
@@ -156,19 +156,49 @@ async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: u
         }
     })
     .await?;
-    report.noticed.push(start.elapsed());
+    let noticed = Instant::now();
+    let (killed, ended) = killed.ended().await?;
+    report.ended.push(ended - killed);
+    report.noticed.push(noticed.saturating_duration_since(ended));
     report.vmms_killed += 1;
     Ok(())
 }
 
+/// A process that was killed.
+struct Killed {
+    at: Instant,
+    end: JoinHandle<Result<Instant>>,
+}
+
+impl Killed {
+    /// Kills the process of this directory in /proc.
+    fn kill(process: &Path) -> Result<Self> {
+        let pid = process.file_name().and_then(|name| name.to_str()).context("a process")?.parse()?;
+        let pidfd = pidfd_open(Pid::from_raw(pid).context("a process")?, PidfdFlags::empty())?;
+        pidfd_send_signal(&pidfd, Signal::KILL)?;
+        let at = Instant::now();
+        let end = spawn_blocking(move || {
+            let timeout = Timespec { tv_sec: NOTICE.as_secs() as i64, tv_nsec: 0 };
+            let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout))?;
+            ensure!(ready == 1, "a killed VMM does not end");
+            Ok(Instant::now())
+        });
+        Ok(Self { at, end })
+    }
+
+    /// When it was killed, and when it had ended.
+    async fn ended(self) -> Result<(Instant, Instant)> {
+        Ok((self.at, self.end.await??))
+    }
+}
+
 /// All pods are removed: the daemon shows none, and the node has nothing of one.
-async fn nothing_is_left(daemon: &Daemon, world: &World) -> Result<()> {
-    let cri = world.cri().await;
+pub(super) async fn nothing_is_left(daemon: &Daemon, cri: &Cri, ids: Vec<String>) -> Result<()> {
     let (sandboxes, containers) = (cri.sandboxes(None).await?, cri.containers(None).await?);
     ensure!(sandboxes.is_empty() && containers.is_empty(), "still there: {sandboxes:?} {containers:?}");
     let held = daemon.holdings()?;
     ensure!(held.is_empty(), "left: {held:?}");
-    for id in world.take_ids().await {
+    for id in ids {
         ensure!(!Path::new("/sys/fs/cgroup/isopod").join(format!("isopod-{id}")).exists(), "left: the cgroup of {id}");
     }
     let descriptors = fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count();

@@ -97,12 +97,7 @@ impl Launch {
     }
 }
 
-fn spawn<H: Handler>(
-    name: String,
-    interrupt: Arc<dyn Interrupt>,
-    log: FaultLog,
-    mut handler: H,
-) -> io::Result<Worker> {
+fn spawn<H: Handler>(name: String, interrupt: Arc<dyn Interrupt>, log: FaultLog, mut handler: H) -> io::Result<Worker> {
     let (poll, stop) = prepare(&mut handler)?;
     let thread = Builder::new().name(name.clone()).spawn(move || {
         seccomp::confine_started(H::THREAD);

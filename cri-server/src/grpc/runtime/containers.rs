@@ -8,7 +8,7 @@ use tonic::Status;
 use super::{Sandboxes, failed, gone_is_fine, limit};
 use crate::cri;
 use crate::grpc::{Batches, batches, convert, info, observe, status};
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 
 impl Sandboxes {
     /// CreateContainer.

@@ -7,7 +7,7 @@ use tonic::Status;
 use super::{Sandboxes, failed, gone_is_fine};
 use crate::cri;
 use crate::grpc::{Batches, batches, convert, info, observe, status};
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::sandbox::now;
 
 impl Sandboxes {

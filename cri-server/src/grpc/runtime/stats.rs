@@ -12,7 +12,7 @@ use super::{Sandboxes, failed};
 use crate::container::{ContainerRecord, ContainerState};
 use crate::cri;
 use crate::grpc::{Batches, batches, convert, counters, status};
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::sandbox::{SandboxError, SandboxPhase, SandboxRecord};
 
 /// How long a guest may take, with all that its sandbox has to do before. The kubelet asks every ten seconds.

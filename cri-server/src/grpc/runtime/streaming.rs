@@ -5,7 +5,7 @@ use tonic::Status;
 use super::{Sandboxes, failed, limit};
 use crate::cri;
 use crate::grpc::{convert, observe, status};
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::streaming::requests::{Session, Wanted};
 
 impl Sandboxes {

@@ -5,7 +5,7 @@ use tonic::Status;
 use super::{Sandboxes, failed};
 use crate::cri;
 use crate::grpc::observe;
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::sandbox::update::{ContainerUpdate, PodUpdate};
 
 impl Sandboxes {

@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Protocol;
 use crate::runtime::Runtime;
-use crate::sandbox::driver::Command;
+use crate::sandbox::command::Command;
 use crate::streaming::port_forward::relay;
 use crate::streaming::remote_command::{Client, Sizes, Streams};
 use crate::streaming::requests::Wanted;
