@@ -6,7 +6,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 MINUTES ?= 10
 
-.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest kubelet bench soak fuzz bench-images node lint clean help
+.PHONY: all programs kernel initramfs fixtures demo test unit e2e critest kubelet bench soak upgrade fuzz bench-images node lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -79,6 +79,10 @@ soak: all fixtures
 		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what $(MINUTES) || exit; done
 	@for what in "restart $(or $(PODS),20)" "many $(or $(SANDBOXES),100)"; do tests/node/run --memory 8192 --timeout 3600 -- \
 		tests/session "$$(realpath "$(TARGET)/release/soak")" $$what || exit; done
+
+## make upgrade FROM=x  PODS pods (20) that revision x of this repository has started, taken over by the daemon of this tree
+upgrade: all fixtures
+	@tests/upgrade $(or $(FROM),HEAD^) $(or $(PODS),20)
 
 ## make fuzz SECONDS=x  every parser of hostile bytes under a fuzzer, for so long each (30); what is found is in fuzz/artifacts
 fuzz:

@@ -11,7 +11,7 @@ mod pod;
 mod systemd;
 
 pub use client::Cri;
-pub use daemon::{Daemon, vmms_below};
+pub use daemon::{Build, Daemon, vmms_below};
 pub use kubelet::Kubelet;
 pub use pod::{LogLine, Output, TestContainer, TestPod, shell};
 pub use systemd::Systemd;

@@ -1,8 +1,9 @@
-//! `soak log|pods MINUTES`, `soak restart PODS`, `soak many SANDBOXES`: see [`isopod_tests::soak`]. Runs in the test node.
+//! `soak log|pods MINUTES`, `soak restart PODS [BUILD]`, `soak many SANDBOXES`: see [`isopod_tests::soak`]. Runs in the test node.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use isopod_tests::fixture::Build;
 use isopod_tests::soak::{log, many, pods, restart};
 
 /// Sandboxes that are started at the same time, as many as an emulated node of 8 GiB takes.
@@ -10,7 +11,7 @@ const AT_ONCE: usize = 20;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let usage = "usage: soak log|pods MINUTES | soak restart PODS | soak many SANDBOXES";
+    let usage = "usage: soak log|pods MINUTES | soak restart PODS [BUILD] | soak many SANDBOXES";
     let (what, number) = (std::env::args().nth(1).context(usage)?, std::env::args().nth(2).context(usage)?);
     let number: u32 = number.parse().context(usage)?;
     let duration = Duration::from_secs(u64::from(number) * 60);
@@ -21,7 +22,9 @@ async fn main() -> Result<()> {
             Ok(())
         }
         "restart" => {
-            println!("{}", restart::run(number as usize).await?);
+            let old =
+                std::env::args_os().nth(3).map_or_else(Build::here, |directory| Ok(Build::new(directory.into())))?;
+            println!("{}", restart::run(number as usize, old).await?);
             Ok(())
         }
         "many" => {

@@ -2,7 +2,7 @@
 //!
 //! Every pod writes numbered lines; one in four also serves HTTP and is asked all the time, one in four has a container that ends while
 //! there is no daemon, one in four has a command run in it as the daemon is killed. None of them may notice, and what the new
-//! daemon says must be what the old one said, or would have.
+//! daemon says must be what the old one said, or would have. The old one may be of another build, as in an upgrade.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::fixture::{BUSYBOX, Cri, Daemon, TestContainer, TestPod, eventually, shell};
+use crate::fixture::{BUSYBOX, Build, Cri, Daemon, TestContainer, TestPod, eventually, shell};
 
 /// How long a pod may take to do what is waited for, on an emulated machine with many pods.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -184,9 +184,9 @@ async fn ask(server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Kills and starts a daemon that has so many pods.
-pub async fn run(pods: usize) -> Result<Report> {
-    let mut daemon = Daemon::start(|_| ()).await?;
+/// Kills a daemon of build `old` that has so many pods, and starts one of this build.
+pub async fn run(pods: usize, old: Build) -> Result<Report> {
+    let mut daemon = Daemon::start_build(old, "", |_| ()).await?;
     let mut cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
     let mut running = Vec::new();
@@ -209,6 +209,7 @@ pub async fn run(pods: usize) -> Result<Report> {
     let ended = end_some(&running).await?;
     sleep(AWAY).await;
 
+    daemon.replace(Build::here()?)?;
     let start = Instant::now();
     daemon.restart().await?;
     let answered = start.elapsed();
@@ -228,6 +229,9 @@ pub async fn run(pods: usize) -> Result<Report> {
         }
         let left = pod.writer.exec(&["sh", "-c", "ps -o args | grep 'sleep 543[2]'"]).await?;
         ensure!(left.stdout.is_empty(), "of a client that went with its daemon: {left:?}");
+        if pod.other.is_none() {
+            ensure!(pod.pod.script("echo new").await? == "new\n", "of a container that was made afterwards");
+        }
     }
     let mut report = Report { pods, answered, adopted, requests: 0, lines: 0 };
     for pod in running {

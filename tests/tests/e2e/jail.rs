@@ -11,8 +11,8 @@ use anyhow::{Context, ensure};
 use isopod_cri_server::cri;
 use isopod_tests::fixture::{BUSYBOX, Daemon, TestPod, eventually, shell};
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use rustix::process::Signal;
 
 /// The users of vmm.first_uid and vmm.uids.
 const USERS: std::ops::Range<u32> = 0x7000_0000..0x7001_0000;
@@ -178,25 +178,40 @@ async fn a_vmm_has_what_the_golden_list_says_and_nothing_of_another_ones() -> an
     Ok(())
 }
 
-/// Lets the first thread of the process make system call `number`, as code of somebody else's in it would; says how the process
-/// ends of it.
-fn plant_call(process: i32, number: u64) -> anyhow::Result<WaitStatus> {
+/// Lets the first thread of the process go on with other registers, as code of somebody else's in it would; says which signal ends the
+/// process.
+fn derail(process: i32, change: fn(&mut nix::libc::user_regs_struct)) -> anyhow::Result<Signal> {
     let pid = nix::unistd::Pid::from_raw(process);
     ptrace::seize(pid, ptrace::Options::PTRACE_O_EXITKILL)?;
     ptrace::interrupt(pid)?;
     waitpid(pid, Some(WaitPidFlag::__WALL))?;
     let mut registers = ptrace::getregs(pid)?;
-    // It waits for a client, in a system call: back to that instruction, of two bytes, with another number.
-    (registers.rax, registers.orig_rax) = (number, u64::MAX);
-    registers.rip -= 2;
+    change(&mut registers);
     ptrace::setregs(pid, registers)?;
     ptrace::cont(pid, None)?;
-    Ok(waitpid(pid, Some(WaitPidFlag::__WALL))?)
+    loop {
+        match waitpid(pid, Some(WaitPidFlag::__WALL))? {
+            // Told before it is delivered.
+            WaitStatus::Stopped(_, signal) => ptrace::cont(pid, signal)?,
+            WaitStatus::Signaled(_, signal, _) => return Ok(signal),
+            other => anyhow::bail!("{other:?}"),
+        }
+    }
+}
+
+/// It waits for a client, in a system call: back to that instruction, of two bytes, with the number of execve.
+fn execute(registers: &mut nix::libc::user_regs_struct) {
+    (registers.rax, registers.orig_rax) = (59, u64::MAX);
+    registers.rip -= 2;
+}
+
+/// Where there is no code.
+fn go_astray(registers: &mut nix::libc::user_regs_struct) {
+    (registers.rip, registers.orig_rax) = (8, u64::MAX);
 }
 
 #[tokio::test]
-async fn a_vmm_that_breaks_out_of_its_list_of_calls_costs_its_pod_alone_and_users_outlive_the_daemon()
--> anyhow::Result<()> {
+async fn a_vmm_that_breaks_out_or_crashes_costs_its_pod_alone_and_users_outlive_the_daemon() -> anyhow::Result<()> {
     let two_users = |config: &mut toml::Table| {
         let vmm = config.get_mut("vmm").and_then(toml::Value::as_table_mut).expect("tests/lib.sh writes this section");
         vmm.insert("first_uid".into(), 70_000.into());
@@ -209,11 +224,11 @@ async fn a_vmm_that_breaks_out_of_its_list_of_calls_costs_its_pod_alone_and_user
     let mut container = first.start(shell("victim", "sleep 1000")).await?;
     let process = first.vmm(&daemon.state)?;
 
-    daemon.end(Signal::KILL).await?;
+    daemon.end(rustix::process::Signal::KILL).await?;
     daemon.restart().await?;
     cri = daemon.cri().await?;
     (first.cri, container.cri) = (cri.clone(), cri.clone());
-    let mut second = TestPod::run_with(&cri, TestPod::config("user")).await?;
+    let second = TestPod::run_with(&cri, TestPod::config("user")).await?;
     let users = BTreeSet::from([uid(&process)?, uid(&second.vmm(&daemon.state)?)?]);
     assert_eq!(users, BTreeSet::from([70_000, 70_001]));
     let request = cri::RunPodSandboxRequest { config: Some(TestPod::config("user")), ..Default::default() };
@@ -221,25 +236,25 @@ async fn a_vmm_that_breaks_out_of_its_list_of_calls_costs_its_pod_alone_and_user
     assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
     assert!(refused.message().contains("vmm.uids"), "{refused}");
     second.remove().await?;
-    // Its user is free again. This VMM is a child of the daemon that runs, which learns how it ends.
-    second = TestPod::run_with(&cri, TestPod::config("user")).await?;
-    let victim = second.start(shell("victim", "sleep 1000")).await?;
-
-    let process = second.vmm(&daemon.state)?;
-    let pid = process.file_name().and_then(|name| name.to_str()).context("a pid")?.parse()?;
-    // execve
-    let end = tokio::task::spawn_blocking(move || plant_call(pid, 59)).await??;
-    assert!(matches!(end, WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGSYS, _)), "{end:?}");
-    let status = victim.exited().await?;
-    assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
-    eventually("NOTREADY", Duration::from_secs(30), async || {
-        second.status().await.ok().filter(|status| status.state() == cri::PodSandboxState::SandboxNotready)
-    })
-    .await?;
-    assert!(daemon.log().contains("SIGSYS"), "{}", daemon.log());
-    // The other one has not noticed.
-    assert_eq!(container.sh("echo alive").await?, "alive\n");
-    second.remove().await?;
+    // Its user is free again. These VMMs are children of the daemon that runs, which learns how they end.
+    for (change, expected) in [(execute as fn(&mut _), Signal::SIGSYS), (go_astray, Signal::SIGSEGV)] {
+        let pod = TestPod::run_with(&cri, TestPod::config("user")).await?;
+        let victim = pod.start(shell("victim", "sleep 1000")).await?;
+        let process = pod.vmm(&daemon.state)?;
+        let pid = process.file_name().and_then(|name| name.to_str()).context("a pid")?.parse()?;
+        let signal = tokio::task::spawn_blocking(move || derail(pid, change)).await??;
+        assert_eq!(signal, expected);
+        let status = victim.exited().await?;
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
+        eventually("NOTREADY", Duration::from_secs(30), async || {
+            pod.status().await.ok().filter(|status| status.state() == cri::PodSandboxState::SandboxNotready)
+        })
+        .await?;
+        assert!(daemon.log().contains(expected.as_str()), "{}", daemon.log());
+        // The other one has not noticed.
+        assert_eq!(container.sh("echo alive").await?, "alive\n");
+        pod.remove().await?;
+    }
     first.remove().await?;
     Ok(())
 }

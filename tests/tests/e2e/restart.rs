@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{BUSYBOX, Daemon, TestPod, eventually, shell, unique};
+use isopod_tests::fixture::{BUSYBOX, Build, Daemon, TestPod, eventually, shell, unique};
 use rustix::process::Signal;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,6 +73,6 @@ async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow
 
 #[tokio::test]
 async fn pods_serve_write_and_end_while_their_daemon_is_replaced() -> anyhow::Result<()> {
-    println!("{}", isopod_tests::soak::restart::run(4).await?);
+    println!("{}", isopod_tests::soak::restart::run(4, Build::here()?).await?);
     Ok(())
 }
