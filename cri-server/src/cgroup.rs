@@ -209,11 +209,11 @@ pub struct CpuSets {
     pub mems: Option<CpuSet>,
 }
 
-/// Whether the kernel has killed a process of the cgroup at `path` for want of memory (cgroup-v2.rst, `memory.events`). A scope may
-/// be gone with its last process before this is asked; nobody knows then.
-pub fn oom_killed(path: &Path) -> bool {
-    let events = std::fs::read_to_string(path.join("memory.events")).unwrap_or_default();
-    events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count.trim() != "0")
+/// Whether the kernel has killed a process of the cgroup at `path` for want of memory (cgroup-v2.rst, `memory.events`). None: it is
+/// gone, as a scope may be with its last process.
+pub fn oom_killed(path: &Path) -> Option<bool> {
+    let events = std::fs::read_to_string(path.join("memory.events")).ok()?;
+    Some(events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count.trim() != "0"))
 }
 
 /// Restricts the cgroup at `path` to `sets`. After an error some of them may be in force.

@@ -52,6 +52,7 @@ pub fn cni(input: &[u8]) {
 pub fn text(input: &[u8]) {
     let mounts = mountinfo::parse(input);
     let _ = mountinfo::mount_of(&mounts, Path::new("/a/b"));
+    let _ = crate::oom::victim(input);
     let Ok(text) = std::str::from_utf8(input) else { return };
     if let Some(set) = CpuSet::parse(text) {
         assert_eq!(CpuSet::parse(&set.to_string()), Some(set));

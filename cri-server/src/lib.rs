@@ -30,6 +30,7 @@ pub mod index;
 pub mod leftovers;
 pub mod network;
 mod object_id;
+mod oom;
 pub mod runtime;
 pub mod sandbox;
 mod socket;

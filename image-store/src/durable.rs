@@ -13,7 +13,9 @@ pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 fn parent(path: &Path) -> io::Result<File> {
-    File::open(path.parent().expect("what is made durable has a name in a directory"))
+    let parent = path.parent().expect("what is made durable has a name in a directory");
+    // Of a relative path with one component.
+    File::open(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
 }
 
 /// Makes a directory for root alone, with those above it that are not there. Durable if only the last of them is new.
@@ -55,6 +57,12 @@ pub fn open_database(path: &Path) -> Result<Database, redb::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relative_name_is_in_the_working_directory() {
+        sync_parent(Path::new("name")).expect("it is there");
+        assert_eq!(sync_parent(Path::new("nowhere/name")).expect_err("no").kind(), io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn a_database_that_was_half_made_is_made_anew() {

@@ -13,6 +13,7 @@ use super::{SandboxError, SandboxPhase, now, resources};
 use crate::cgroup;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, GuestError, SHORT};
+use crate::oom;
 use crate::vmm::{self, VmEnd};
 
 /// How long all containers of a stopped sandbox may take.
@@ -123,19 +124,15 @@ impl Driver {
         if self.record.phase != SandboxPhase::Ready {
             return;
         }
-        let oom_killed = self.record.cgroup.as_deref().is_some_and(cgroup::oom_killed);
-        let reason = if oom_killed {
-            format!("{}, as its cgroup had reached its memory limit", end.message)
-        } else {
-            end.message.clone()
-        };
+        let running: Vec<_> =
+            self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+        let oom_killed = !running.is_empty() && self.oom_killed().await;
+        let reason = if oom_killed { format!("{}, for want of memory", end.message) } else { end.message.clone() };
         tracing::info!(reason, console = end.console, "the sandbox's VM ended");
         self.up = None;
         self.disks.clear();
         self.mirrors.clear();
         self.empty_dirs.clear();
-        let running: Vec<_> =
-            self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
         for id in running {
             // The streams have ended with the VM, so the log is complete in a moment.
             if let Some(follower) = self.containers.get_mut(&id).and_then(|container| container.follower.take()) {
@@ -153,6 +150,15 @@ impl Driver {
         if let Err(error) = self.save().await {
             tracing::error!(error = chain(&error), "the end of a sandbox is not kept");
             self.context.index.publish_sandbox(&self.record);
+        }
+    }
+
+    /// Whether the kernel killed the VMM for want of memory, as far as that is known.
+    async fn oom_killed(&self) -> bool {
+        let (Some(cgroup), Some(vmm)) = (&self.record.cgroup, self.record.vm) else { return false };
+        match cgroup::oom_killed(cgroup) {
+            Some(killed) => killed,
+            None => tokio::task::spawn_blocking(move || oom::killed(vmm)).await.unwrap_or_default(),
         }
     }
 
