@@ -1,12 +1,12 @@
 //! What clients are shown: the newest record of each sandbox and container. Lists and status calls read it and nothing else,
-//! so none of them waits for a guest. Only drivers write it, after the state is durable; that a VM has ended is shown at once,
-//! whatever its driver is at, as a later daemon finds it out by itself. What changes here is told to those who wait for events.
+//! so none of them waits for a guest. Only drivers write it, after the state is durable. What changes here is told to those
+//! who wait for events.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use isopod_proto::{ErrorKind, ObjectId};
-use parking_lot::{RwLock, RwLockWriteGuard};
+use parking_lot::RwLock;
 
 use crate::container::{ContainerRecord, ContainerState};
 use crate::events::{Change, Event, Events};
@@ -19,8 +19,6 @@ pub struct Index {
     containers: RwLock<BTreeMap<String, Arc<ContainerRecord>>>,
     events: Events,
 }
-
-type Sandboxes<'a> = RwLockWriteGuard<'a, BTreeMap<String, Arc<SandboxRecord>>>;
 
 /// An id, or the beginning of one, that stands for nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -121,31 +119,11 @@ impl Index {
         }
     }
 
-    /// Shows a sandbox. One that is shown as not ready stays so.
+    /// Shows a sandbox.
     pub fn publish_sandbox(&self, record: &SandboxRecord) {
-        let mut record = record.clone();
-        let sandboxes = self.sandboxes.write();
-        let old = sandboxes.get(record.id.as_str()).map(|old| old.phase);
-        if old == Some(SandboxPhase::NotReady) {
-            record.phase = SandboxPhase::NotReady;
-        }
-        self.show_sandbox(sandboxes, old, record);
-    }
-
-    /// Shows that the VM of a sandbox has ended.
-    pub fn sandbox_ended(&self, id: &ObjectId) {
-        let sandboxes = self.sandboxes.write();
-        let Some(record) = sandboxes.get(id.as_str()) else { return };
-        let (old, mut record) = (Some(record.phase), SandboxRecord::clone(record));
-        record.phase = SandboxPhase::NotReady;
-        self.show_sandbox(sandboxes, old, record);
-    }
-
-    fn show_sandbox(&self, mut sandboxes: Sandboxes<'_>, old: Option<SandboxPhase>, record: SandboxRecord) {
-        let record = Arc::new(record);
-        sandboxes.insert(record.id.to_string(), Arc::clone(&record));
-        drop(sandboxes);
-        for change in sandbox_changes(old, record.phase) {
+        let record = Arc::new(record.clone());
+        let old = self.sandboxes.write().insert(record.id.to_string(), Arc::clone(&record));
+        for change in sandbox_changes(old.map(|old| old.phase), record.phase) {
             self.tell(*change, &record.id, &record);
         }
     }
@@ -222,20 +200,6 @@ mod tests {
     fn a_full_id_is_never_ambiguous() {
         let entries: BTreeMap<String, u8> = [("a".to_owned(), 1), ("ab".to_owned(), 2)].into();
         assert_eq!(lookup("sandbox", &entries, "a"), Ok(1));
-    }
-
-    #[test]
-    fn a_sandbox_whose_vm_has_ended_is_never_shown_as_ready_again() {
-        let index = Index::default();
-        let sandbox = SandboxRecord::for_tests(ObjectId::from_random([1; 32]));
-        index.sandbox_ended(&sandbox.id); // One that is not shown stays so.
-        assert!(index.sandboxes().is_empty());
-        index.publish_sandbox(&sandbox);
-        assert_eq!(index.sandboxes()[0].phase, SandboxPhase::Ready);
-        index.sandbox_ended(&sandbox.id);
-        // Its driver, which does not know yet, changes something else.
-        index.publish_sandbox(&sandbox);
-        assert_eq!(index.sandboxes()[0].phase, SandboxPhase::NotReady);
     }
 
     #[tokio::test]

@@ -30,4 +30,4 @@ pub mod server;
 pub mod session;
 mod sys;
 
-pub use sys::take_inherited_fd;
+pub use sys::{let_faults_kill, take_inherited_fd};

@@ -3,11 +3,12 @@
 use std::io::{stdin, stdout};
 use std::process::ExitCode;
 
-use isopod_file_server::{broker, jail, take_inherited_fd};
+use isopod_file_server::{broker, jail, let_faults_kill, take_inherited_fd};
 
 const USAGE: &str = "usage: isopod-fs broker CONTROL_FD FUSE_FD | isopod-fs --version";
 
 fn main() -> ExitCode {
+    let_faults_kill();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {

@@ -64,6 +64,7 @@ fn supervise(config: Config, console: ConsoleRing) -> Result<Exit, Exit> {
     let listener = config.control.try_clone().map_err(internal)?;
     let kvm = kvm::open().map_err(|error| Exit::from_error(Reason::KvmUnusable, &error))?;
     sys::use_one_heap();
+    sys::let_faults_kill();
     let landlocked =
         jail::enter(config.user, config.largest_file()).map_err(|error| Exit::from_error(Reason::Internal, &error))?;
     eprintln!("isopod-vmm: in its jail as user {}, with {landlocked}", config.user.uid);

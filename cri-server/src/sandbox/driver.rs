@@ -271,11 +271,8 @@ impl Driver {
     pub(super) fn watch_vm(&mut self) {
         let Some(up) = &self.up else { return };
         let (vm, sender) = (Arc::clone(&up.vm), self.sender.clone());
-        let (context, id) = (Arc::clone(&self.context), self.record.id.clone());
         self.tasks.spawn(async move {
             let end = vm.ended().await;
-            // The driver may be at something that takes its time.
-            context.index.sandbox_ended(&id);
             let _ = sender.send(Event::VmEnded(end)); // The driver ends only with the sandbox or the daemon.
         });
     }

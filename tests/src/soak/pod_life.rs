@@ -125,6 +125,10 @@ async fn work(world: &World, id: &str, pod: &cri::PodSandboxConfig) -> Result<()
     Ok(())
 }
 
+pub(super) fn sandbox_status_of(id: &str) -> cri::PodSandboxStatusRequest {
+    cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false }
+}
+
 fn status_of(id: &str) -> cri::ContainerStatusRequest {
     cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false }
 }
@@ -159,6 +163,11 @@ async fn run(
 
 /// Its VMM was killed: its sandbox is not ready, and its containers have ended so or before.
 async fn dead(world: &World, id: &str) -> Result<()> {
+    eventually("end of a sandbox whose VMM was killed", PATIENCE, async || {
+        let status = world.ask(async |mut cri| cri.runtime.pod_sandbox_status(sandbox_status_of(id)).await).await;
+        (status.ok()?.into_inner().status?.state() == cri::PodSandboxState::SandboxNotready).then_some(())
+    })
+    .await?;
     let filter = cri::ContainerFilter { pod_sandbox_id: id.to_owned(), ..Default::default() };
     let containers = world.ask(async |cri| cri.containers(Some(filter.clone())).await).await?;
     for container in containers {

@@ -18,7 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 
-use super::pod_life::{self, World};
+use super::pod_life::{self, World, sandbox_status_of};
 use crate::fixture::{BUSYBOX, Cri, Daemon, eventually, vmms_below};
 use crate::process_memory::private_bytes_outside_guest;
 
@@ -148,8 +148,7 @@ async fn kill_vmm(daemon: &Daemon, world: &World, report: &mut Report, choice: u
     // It may be stopped at this moment by its own client.
     let Ok(killed) = Killed::kill(&vmm) else { return Ok(()) };
     eventually("end of a sandbox whose VMM was killed", NOTICE, async || {
-        let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
-        match world.cri().await.runtime.pod_sandbox_status(request).await {
+        match world.cri().await.runtime.pod_sandbox_status(sandbox_status_of(&id)).await {
             Ok(answer) => (answer.into_inner().status?.state() == cri::PodSandboxState::SandboxNotready).then_some(()),
             // Its client has removed it in the meantime.
             Err(status) => (status.code() == tonic::Code::NotFound).then_some(()),
