@@ -8,14 +8,13 @@ use anyhow::{Context, Result, ensure};
 use futures_util::future::try_join_all;
 use isopod_cri_server::cri;
 
+use super::patient;
 use super::pods::nothing_is_left;
 use crate::fixture::{Cri, Daemon, TestPod};
 use crate::process_memory::private_bytes_outside_guest;
 
 /// Limit of a pod's memory, so that many fit into a node.
 const MEMORY: i64 = 64 << 20;
-/// How long a guest may take to boot, in seconds, beside so many others on the one CPU of an emulated node.
-const BOOT: i64 = 1200;
 
 /// How it went.
 #[derive(Debug, Default)]
@@ -44,12 +43,7 @@ impl fmt::Display for Report {
 
 /// Runs so many sandboxes, `at_once` of them at the same time.
 pub async fn run(sandboxes: usize, at_once: usize) -> Result<Report> {
-    let daemon = Daemon::start(|config| {
-        if let Some(vmm) = config.get_mut("vmm").and_then(toml::Value::as_table_mut) {
-            vmm.insert("boot_deadline_seconds".into(), BOOT.into());
-        }
-    })
-    .await?;
+    let daemon = Daemon::start(patient).await?;
     let cri = daemon.cri().await?;
     let mut report = Report::default();
     while report.sandboxes < sandboxes {

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use super::patient;
 use crate::fixture::{BUSYBOX, Build, Cri, Daemon, TestContainer, TestPod, eventually, shell};
 
 /// How long a pod may take to do what is waited for, on an emulated machine with many pods.
@@ -186,7 +187,7 @@ async fn ask(server: &str) -> Result<()> {
 
 /// Kills a daemon of build `old` that has so many pods, and starts one of this build.
 pub async fn run(pods: usize, old: Build) -> Result<Report> {
-    let mut daemon = Daemon::start_build(old, "", |_| ()).await?;
+    let mut daemon = Daemon::start_build(old, "", patient).await?;
     let mut cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
     let mut running = Vec::new();
