@@ -81,13 +81,7 @@ impl Driver {
                 driver.release_cpu_sets().await;
                 driver.resume_mirrors();
                 driver.watch_vm();
-                let running: Vec<_> = driver
-                    .containers
-                    .values()
-                    .filter(|container| container.is_running())
-                    .map(|c| c.record.id.clone())
-                    .collect();
-                for id in running {
+                for id in driver.running() {
                     if let Err(error) = driver.follow(&id) {
                         tracing::error!(container = %id, error = chain(&error), "a container is not followed");
                     }

@@ -254,6 +254,11 @@ impl Driver {
         })
     }
 
+    /// The containers that run.
+    pub(super) fn running(&self) -> Vec<ObjectId> {
+        self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect()
+    }
+
     /// Makes the sandbox's record durable, then shows it.
     pub(super) async fn save(&self) -> Result<(), SandboxError> {
         self.context.store.put_sandbox(&self.record).await?;

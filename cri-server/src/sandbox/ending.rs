@@ -62,12 +62,7 @@ impl Driver {
     /// StopPodSandbox.
     pub(super) async fn stop(&mut self) -> Result<(), SandboxError> {
         if self.record.phase == SandboxPhase::Ready {
-            let running: Vec<_> = self
-                .containers
-                .values()
-                .filter(|container| container.is_running())
-                .map(|c| c.record.id.clone())
-                .collect();
+            let running = self.running();
             // A guest that does not answer will not tell of their end either.
             if self.kill_all(&running).await {
                 self.until_ended(&running, STOP_DEADLINE, CancellationToken::new()).await;
@@ -124,8 +119,7 @@ impl Driver {
         if self.record.phase != SandboxPhase::Ready {
             return;
         }
-        let running: Vec<_> =
-            self.containers.values().filter(|container| container.is_running()).map(|c| c.record.id.clone()).collect();
+        let running = self.running();
         let oom_killed = !running.is_empty() && self.oom_killed().await;
         let reason = if oom_killed { format!("{}, for want of memory", end.message) } else { end.message.clone() };
         tracing::info!(reason, console = end.console, "the sandbox's VM ended");
