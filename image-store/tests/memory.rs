@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use isopod_image_store::{Limits, convert_blob, merge_layers};
+use support::layers::pax_record;
 use support::{append, noise};
 
 const THIS: &str = "whatever_a_layer_holds_it_takes_bounded_memory";
@@ -35,19 +36,13 @@ impl Layer {
     /// Adds an entry, with the long name and the attributes that it has.
     fn add(&mut self, kind: tar::EntryType, name: &str, target: &str, data: &[u8], attributes: &[(&str, &[u8])]) {
         let mut bytes = Vec::new();
-        let mut records = Vec::new();
-        let mut record = |key: &str, value: &[u8]| {
-            let rest = key.len() + value.len() + 3;
-            let digits = (rest + (rest + 8).to_string().len()).to_string().len();
-            write!(records, "{} {key}=", rest + digits).unwrap();
-            records.extend_from_slice(value);
-            records.push(b'\n');
-        };
-        record("path", name.as_bytes());
+        let mut records = pax_record(b"path", name.as_bytes());
         if !target.is_empty() {
-            record("linkpath", target.as_bytes());
+            records.extend(pax_record(b"linkpath", target.as_bytes()));
         }
-        attributes.iter().for_each(|(key, value)| record(&format!("SCHILY.xattr.{key}"), value));
+        for (key, value) in attributes {
+            records.extend(pax_record(format!("SCHILY.xattr.{key}").as_bytes(), value));
+        }
         let header = |kind, size: usize| {
             let mut header = tar::Header::new_ustar();
             header.as_mut_bytes()[..1].copy_from_slice(b"x");
