@@ -31,8 +31,10 @@ use crate::store::Store;
 use crate::streaming::Streaming;
 use crate::volume::mirror::watch::Watches;
 
-/// How long requests in flight may take after the daemon is told to end.
+/// How long requests and streams in flight may take after the daemon is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
+/// How long sandboxes may then take to finish what they are at. The daemon has ended after both, in time for an init that waits for it.
+const FINISH: Duration = Duration::from_secs(5);
 
 /// Runs the daemon until SIGTERM or SIGINT. Sandboxes live on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
@@ -108,11 +110,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     runtime.context().index.events().close();
     let _ = std::fs::remove_file(&socket); // A later daemon removes it as well.
-    if tokio::time::timeout(DRAIN, server).await.is_err() {
+    let (served, ()) = tokio::join!(tokio::time::timeout(DRAIN, server), streaming.stop(DRAIN));
+    if served.is_err() {
         tracing::warn!("requests were cut off");
     }
-    streaming.stop(DRAIN).await;
-    runtime.drain(DRAIN).await;
+    runtime.drain(FINISH).await;
     Ok(())
 }
 

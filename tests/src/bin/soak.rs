@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use isopod_tests::fixture::Build;
 use isopod_tests::soak::{log, many, pods, restart};
+use rustix::process::Signal;
 
 /// Sandboxes that are started at the same time, as many as an emulated node of 8 GiB takes.
 const AT_ONCE: usize = 20;
@@ -22,9 +23,12 @@ async fn main() -> Result<()> {
             Ok(())
         }
         "restart" => {
-            let old =
-                std::env::args_os().nth(3).map_or_else(Build::here, |directory| Ok(Build::new(directory.into())))?;
-            println!("{}", restart::run(number as usize, old).await?);
+            // A crash, or an upgrade as an init does it.
+            let (old, signal) = match std::env::args_os().nth(3) {
+                Some(directory) => (Build::new(directory.into()), Signal::TERM),
+                None => (Build::here()?, Signal::KILL),
+            };
+            println!("{}", restart::run(number as usize, old, signal).await?);
             Ok(())
         }
         "many" => {

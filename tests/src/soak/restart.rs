@@ -1,7 +1,7 @@
-//! A daemon that is killed and started anew while pods serve, write and end.
+//! A daemon that is ended and started anew while pods serve, write and end.
 //!
 //! Every pod writes numbered lines; one in four also serves HTTP and is asked all the time, one in four has a container that ends while
-//! there is no daemon, one in four has a command run in it as the daemon is killed. None of them may notice, and what the new
+//! there is no daemon, one in four has a command run in it as the daemon ends. None of them may notice, and what the new
 //! daemon says must be what the old one said, or would have. The old one may be of another build, as in an upgrade.
 
 use std::fmt;
@@ -75,7 +75,27 @@ struct Running {
     before: cri::PodSandboxStatus,
     writer: TestContainer,
     writer_before: cri::ContainerStatus,
+    used_before: Used,
     other: Option<Other>,
+}
+
+/// Of a container's statistics what only ever grows in these pods.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    cpu_nanos: u64,
+    /// Of its root file system.
+    disk_bytes: u64,
+}
+
+async fn used(container: &TestContainer) -> Result<Used> {
+    let request = cri::ContainerStatsRequest { container_id: container.id.clone() };
+    let answer = container.cri.runtime.clone().container_stats(request).await?;
+    let stats = answer.into_inner().stats.context("no statistics")?;
+    let number = |value: Option<cri::UInt64Value>| value.map(|value| value.value).context("a statistic is missing");
+    Ok(Used {
+        cpu_nanos: number(stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds))?,
+        disk_bytes: number(stats.writable_layer.and_then(|layer| layer.used_bytes))?,
+    })
 }
 
 enum Other {
@@ -103,8 +123,8 @@ impl Running {
             2 => Some(Other::Executing),
             _ => None,
         };
-        let (before, writer_before) = (pod.status().await?, writer.status().await?);
-        Ok(Self { pod, before, writer, writer_before, other })
+        let (before, writer_before, used_before) = (pod.status().await?, writer.status().await?, used(&writer).await?);
+        Ok(Self { pod, before, writer, writer_before, used_before, other })
     }
 
     fn reconnect(&mut self, cri: &Cri) {
@@ -119,6 +139,9 @@ impl Running {
         let (pod, writer) = (self.pod.status().await?, self.writer.status().await?);
         ensure!(pod == self.before, "{pod:?} was {:?}", self.before);
         ensure!(writer == self.writer_before, "{writer:?} was {:?}", self.writer_before);
+        let (used, before) = (used(&self.writer).await?, self.used_before);
+        ensure!(used.cpu_nanos > before.cpu_nanos, "it writes all the while, and {used:?} was {before:?}");
+        ensure!(used.disk_bytes >= before.disk_bytes, "{used:?} was {before:?}");
         Ok(())
     }
 
@@ -185,8 +208,8 @@ async fn ask(server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Kills a daemon of build `old` that has so many pods, and starts one of this build.
-pub async fn run(pods: usize, old: Build) -> Result<Report> {
+/// Ends a daemon of build `old` that has so many pods with `signal`, and starts one of this build.
+pub async fn run(pods: usize, old: Build, signal: Signal) -> Result<Report> {
     let mut daemon = Daemon::start_build(old, "", patient).await?;
     let mut cri = daemon.cri().await?;
     cri.pull(BUSYBOX).await?;
@@ -203,9 +226,9 @@ pub async fn run(pods: usize, old: Build) -> Result<Report> {
         .map(|writer| tokio::spawn(async move { writer.exec(&["sleep", "5432"]).await }))
         .collect();
     sleep(Duration::from_secs(2)).await;
-    daemon.end(Signal::KILL).await?;
+    daemon.end(signal).await?;
     for command in commands {
-        ensure!(command.await?.is_err(), "its daemon was killed");
+        ensure!(command.await?.is_err(), "its daemon has ended");
     }
     let ended = end_some(&running).await?;
     sleep(AWAY).await;

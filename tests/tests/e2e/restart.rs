@@ -17,6 +17,77 @@ async fn a_stopped_daemon_ends_with_0() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn a_daemon_that_is_told_to_end_answers_first_and_leaves_its_pods() -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(|_| ()).await?;
+    let cri = daemon.cri().await?;
+    cri.pull(BUSYBOX).await?;
+    let mut pod = TestPod::run_with(&cri, TestPod::config("drained")).await?;
+    let mut container = pod.start(shell("drained", "exec sleep 1000")).await?;
+    let (pod_before, before) = (pod.status().await?, container.status().await?);
+    let ask = |script: &'static str| {
+        let container = container.clone();
+        tokio::spawn(async move { container.exec(&["sh", "-c", script]).await })
+    };
+    let (short, long) = (ask("sleep 5; echo answered"), ask("exec sleep 5432"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let status = daemon.end(Signal::TERM).await?;
+    assert!(status.success(), "{status}: {}", daemon.log());
+    assert_eq!(short.await??.stdout, "answered\n");
+    assert!(long.await?.is_err(), "it would have held the daemon up");
+
+    daemon.restart().await?;
+    let cri = daemon.cri().await?;
+    (pod.cri, container.cri) = (cri.clone(), cri);
+    assert_eq!((pod.status().await?, container.status().await?), (pod_before, before));
+    eventually("end of what was cut off", PATIENCE, async || {
+        (container.sh("ps -o args | grep 'sleep 543[2]' || true").await.ok()?.is_empty()).then_some(())
+    })
+    .await?;
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_a_reboot_of_the_node_the_truth_is_told_and_pods_can_be_made_anew() -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(|_| ()).await?;
+    let cri = daemon.cri().await?;
+    cri.pull(BUSYBOX).await?;
+    let config = TestPod::config("rebooted");
+    let mut pod = TestPod::run_with(&cri, config.clone()).await?;
+    let mut ended = pod.start(shell("ended", "exit 7")).await?;
+    let mut running = pod.start(shell("running", "echo before; exec sleep 1000")).await?;
+    let ended_before = ended.exited().await?;
+    running.logged("its line", PATIENCE, |lines| !lines.is_empty()).await?;
+
+    daemon.lose_node().await?;
+    daemon.restart().await?;
+    let cri = daemon.cri().await?;
+    for client in [&mut pod.cri, &mut ended.cri, &mut running.cri] {
+        *client = cri.clone();
+    }
+    assert_eq!(pod.status().await?.state(), cri::PodSandboxState::SandboxNotready);
+    assert_eq!(ended.status().await?, ended_before);
+    let status = running.status().await?;
+    assert_eq!((status.state(), status.exit_code), (cri::ContainerState::ContainerExited, 137), "{status:?}");
+    assert_eq!(status.reason, "Error");
+    assert_eq!(running.logs()?.len(), 1);
+    assert!(cri.image(BUSYBOX).await?.is_some());
+
+    // The kubelet's next attempt, made while the former one is still there.
+    let mut again = config;
+    again.metadata.get_or_insert_default().attempt = 1;
+    let second = TestPod::run_with(&cri, again).await?;
+    assert_eq!(second.script("echo after").await?, "after\n");
+    pod.stop().await?;
+    pod.remove().await?;
+    assert_eq!(second.script("echo still").await?, "still\n");
+    second.remove().await?;
+    let held = daemon.holdings()?;
+    assert!(held.is_empty(), "left: {held:?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow::Result<()> {
     let volume = std::path::PathBuf::from(format!("/tmp/{}", unique("restart")));
     std::fs::create_dir(&volume)?;
@@ -73,6 +144,6 @@ async fn images_and_pods_are_still_known_after_a_crash_of_the_daemon() -> anyhow
 
 #[tokio::test]
 async fn pods_serve_write_and_end_while_their_daemon_is_replaced() -> anyhow::Result<()> {
-    println!("{}", isopod_tests::soak::restart::run(4, Build::here()?).await?);
+    println!("{}", isopod_tests::soak::restart::run(4, Build::here()?, Signal::KILL).await?);
     Ok(())
 }
