@@ -82,6 +82,11 @@ impl StateError {
     }
 }
 
+/// A record as it is stored.
+fn json(record: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(record).expect("records have only string keys")
+}
+
 fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl Fn(E) -> StateError {
     move |source| StateError::Database { doing, source: Box::new(source.into()) }
 }
@@ -148,7 +153,7 @@ impl Store {
         record: &impl Serialize,
     ) -> Result<(), StateError> {
         let id = id.clone();
-        let bytes = serde_json::to_vec(record).expect("records have only string keys");
+        let bytes = json(record);
         self.write(move |transaction| {
             let mut rows = transaction.open_table(table).map_err(failed("write"))?;
             rows.insert(id.as_str(), bytes.as_slice()).map_err(failed("write"))?;
@@ -165,6 +170,22 @@ impl Store {
     /// Stores a container, replacing what was stored under its id.
     pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), StateError> {
         self.put(CONTAINERS, &record.id, record).await
+    }
+
+    /// Stores a sandbox and containers of it that have ended with it: all of them, or none.
+    pub async fn put_end(&self, sandbox: &SandboxRecord, ended: &[ContainerRecord]) -> Result<(), StateError> {
+        let (key, bytes) = (sandbox.id.clone(), json(sandbox));
+        let containers: Vec<_> = ended.iter().map(|record| (record.id.clone(), json(record))).collect();
+        self.write(move |transaction| {
+            let mut rows = transaction.open_table(CONTAINERS).map_err(failed("write"))?;
+            for (key, bytes) in &containers {
+                rows.insert(key.as_str(), bytes.as_slice()).map_err(failed("write"))?;
+            }
+            let mut rows = transaction.open_table(SANDBOXES).map_err(failed("write"))?;
+            rows.insert(key.as_str(), bytes.as_slice()).map_err(failed("write"))?;
+            Ok(())
+        })
+        .await
     }
 
     /// Forgets a sandbox.
@@ -277,6 +298,19 @@ mod tests {
         assert!(matches!(store.allocate_address(first, last, &id(3)).await, Err(StateError::NoAddress)));
         store.release_address(&id(1)).await.expect("released");
         assert_eq!(store.allocate_address(first, last, &id(3)).await.expect("free again"), first);
+    }
+
+    #[tokio::test]
+    async fn a_sandbox_ends_together_with_its_containers() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("state.redb");
+        let (sandbox, container) = (SandboxRecord::for_tests(id(7)), ContainerRecord::for_tests(id(9), id(7)));
+        {
+            let store = Store::open(&path).expect("made");
+            store.put_end(&sandbox, std::slice::from_ref(&container)).await.expect("stored");
+        }
+        let stored = Store::open(&path).expect("opened again").load().expect("loaded");
+        assert_eq!((stored.sandboxes, stored.containers), (vec![sandbox], vec![container]));
     }
 
     #[tokio::test]

@@ -54,6 +54,14 @@ impl Container {
     pub fn is_running(&self) -> bool {
         matches!(self.record.state, ContainerState::Running { .. })
     }
+
+    /// Its end is recorded and shown: whoever waits for it is told.
+    pub fn over(&mut self) {
+        self.log = None;
+        for reply in self.stop_replies.drain(..) {
+            let _ = reply.send(Ok(())); // The client may have gone.
+        }
+    }
 }
 
 /// What a call of the guest has at least, when those before it have taken all the time there was.

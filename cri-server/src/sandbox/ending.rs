@@ -11,6 +11,7 @@ use super::driver::{Container, Driver};
 use super::operations::SIGKILL;
 use super::{SandboxError, SandboxPhase, now, resources};
 use crate::cgroup;
+use crate::container::ContainerState;
 use crate::grpc::status::chain;
 use crate::guest::{Guest, GuestError, SHORT};
 use crate::oom;
@@ -127,24 +128,36 @@ impl Driver {
         self.disks.clear();
         self.mirrors.clear();
         self.empty_dirs.clear();
-        for id in running {
-            // The streams have ended with the VM, so the log is complete in a moment.
-            if let Some(follower) = self.containers.get_mut(&id).and_then(|container| container.follower.take()) {
-                let abort = follower.abort_handle();
-                if timeout(SHORT, follower).await.is_err() {
-                    abort.abort();
-                }
-            }
-            if let Some(container) = self.containers.get(&id) {
-                let exit = container.record.state.lost(now(), oom_killed, format!("the sandbox's VM ended: {reason}"));
-                self.exit(&id, exit).await;
-            }
+        self.until_logged(&running).await;
+        let mut ended = Vec::new();
+        for container in self.containers.values_mut().filter(|container| container.is_running()) {
+            let exit = container.record.state.lost(now(), oom_killed, format!("the sandbox's VM ended: {reason}"));
+            tracing::info!(container = %container.record.id, exit_code = exit.exit_code, reason = exit.reason, "container ended");
+            container.record.state = ContainerState::Exited(exit);
+            ended.push(container.record.clone());
         }
         self.record.phase = SandboxPhase::NotReady;
-        if let Err(error) = self.save().await {
+        if let Err(error) = self.context.store.put_end(&self.record, &ended).await {
+            // Shown all the same: it is true, and a later daemon finds it out again.
             tracing::error!(error = chain(&error), "the end of a sandbox is not kept");
-            self.context.index.publish_sandbox(&self.record);
         }
+        ended.iter().for_each(|container| self.context.index.publish_container(container));
+        self.context.index.publish_sandbox(&self.record);
+        for container in self.containers.values_mut().filter(|container| running.contains(&container.record.id)) {
+            container.over();
+        }
+    }
+
+    /// Waits until all that these containers have printed is in their logs. Their streams have ended with the VM, so that it takes a moment.
+    async fn until_logged(&mut self, ids: &[ObjectId]) {
+        let followers = ids.iter().filter_map(|id| self.containers.get_mut(id)?.follower.take());
+        let logged = followers.map(|follower| async {
+            let abort = follower.abort_handle();
+            if timeout(SHORT, follower).await.is_err() {
+                abort.abort();
+            }
+        });
+        futures_util::future::join_all(logged).await;
     }
 
     /// Whether the kernel killed the VMM for want of memory, as far as that is known.

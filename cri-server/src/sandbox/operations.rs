@@ -88,10 +88,7 @@ impl Driver {
         }
         self.release_cpu_sets().await;
         if let Some(container) = self.containers.get_mut(id) {
-            container.log = None;
-            for reply in container.stop_replies.drain(..) {
-                let _ = reply.send(Ok(())); // The client may have gone.
-            }
+            container.over();
         }
     }
 

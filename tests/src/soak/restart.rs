@@ -89,8 +89,11 @@ struct Used {
 
 async fn used(container: &TestContainer) -> Result<Used> {
     let request = cri::ContainerStatsRequest { container_id: container.id.clone() };
-    let answer = container.cri.runtime.clone().container_stats(request).await?;
-    let stats = answer.into_inner().stats.context("no statistics")?;
+    // A guest that does not get to its answer within ten seconds, as on a node with so many, is asked again.
+    let stats = eventually("statistics", PATIENCE, async || {
+        container.cri.runtime.clone().container_stats(request.clone()).await.ok()?.into_inner().stats
+    })
+    .await?;
     let number = |value: Option<cri::UInt64Value>| value.map(|value| value.value).context("a statistic is missing");
     Ok(Used {
         cpu_nanos: number(stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds))?,
