@@ -14,11 +14,13 @@ type Target = fn(&[u8]);
 /// All targets. Each panics, hangs or takes too much memory if something is wrong, and must do nothing else but return.
 const TARGETS: &[(&str, Target)] = &[
     ("vmm-chain", isopod_vmm::fuzz::chain),
+    ("vmm-balloon", isopod_vmm::fuzz::balloon),
     ("vmm-block", isopod_vmm::fuzz::block),
     ("vmm-net", isopod_vmm::fuzz::net),
     ("vmm-rng", isopod_vmm::fuzz::rng),
     ("vmm-vsock", isopod_vmm::fuzz::vsock),
     ("vmm-fs", isopod_vmm::fuzz::file_system),
+    ("vmm-mem", isopod_vmm::fuzz::mem),
     ("vmm-registers", isopod_vmm::fuzz::registers),
     ("vmm-config", isopod_vmm::fuzz::config),
     ("vmm-control", isopod_vmm::fuzz::control),

@@ -26,8 +26,12 @@ pub struct MicroVmConfig<'a> {
     pub initramfs: &'a Path,
     /// 1 to 64.
     pub vcpus: u32,
+    /// What it can be resized to.
+    pub max_vcpus: u32,
     /// Guest memory.
     pub memory_bytes: u64,
+    /// What it can be resized to.
+    pub max_memory_bytes: u64,
 }
 
 /// A running VMM process and its sockets; killed on drop.
@@ -77,6 +81,8 @@ impl MicroVm {
             &VmConfig {
                 vcpus: config.vcpus,
                 memory_bytes: config.memory_bytes,
+                max_vcpus: config.max_vcpus,
+                max_memory_bytes: config.max_memory_bytes,
                 kernel_fd: KERNEL_FD,
                 initramfs_fd: INITRAMFS_FD,
                 control_fd: CONTROL_FD,

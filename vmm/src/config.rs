@@ -14,6 +14,7 @@ use prost::Message;
 
 use crate::devices::block::Segment;
 use crate::jail::User;
+use crate::memory::Reserve;
 use crate::{memory, sys};
 
 /// Most bytes a configuration may have.
@@ -68,10 +69,14 @@ impl ConfigError {
 /// A VM to be made.
 #[derive(Debug)]
 pub struct Config {
-    /// 1 to 64.
+    /// Those at the boot: 1 to 64.
     pub vcpus: u8,
-    /// Checked by [`memory::check_size`].
+    /// Those that there are: `vcpus` to 64.
+    pub max_vcpus: u8,
+    /// At the boot; checked by [`memory::check_size`].
     pub memory_bytes: u64,
+    /// What may come into it later.
+    pub reserve: Option<Reserve>,
     /// An uncompressed ELF vmlinux, by the daemon's word; it is checked when it is loaded.
     pub kernel: File,
     /// The initramfs.
@@ -152,6 +157,8 @@ impl Config {
             exit_fd,
             verbose_console,
             user,
+            max_vcpus,
+            max_memory_bytes,
         } = wire;
         let mut checker = Checker { mistakes: vec![], taken: BTreeMap::new() };
         checker.taken.insert(exit_fd, "exit_fd".into());
@@ -159,8 +166,15 @@ impl Config {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             checker.mistake(format!("vcpus: {vcpus} is not between 1 and {MAX_VCPUS}"));
         }
+        let max_vcpus = if max_vcpus == 0 { vcpus } else { max_vcpus };
+        if !(vcpus..=MAX_VCPUS.max(vcpus)).contains(&max_vcpus) {
+            checker.mistake(format!("max_vcpus: {max_vcpus} is not between {vcpus} and {MAX_VCPUS}"));
+        }
+        let max_memory_bytes = max_memory_bytes.max(memory_bytes);
         if let Err(error) = memory::check_size(memory_bytes) {
             checker.mistake(format!("memory_bytes: {error}"));
+        } else if let Err(error) = memory::check_size(max_memory_bytes) {
+            checker.mistake(format!("max_memory_bytes: {error}"));
         }
         if !(MIN_CID..u64::from(u32::MAX)).contains(&guest_cid) {
             checker.mistake(format!("guest_cid: {guest_cid} is not between {MIN_CID} and {}", u32::MAX - 1));
@@ -179,7 +193,9 @@ impl Config {
         match (kernel, initramfs, control, vsock, checker.mistakes.is_empty()) {
             (Some(kernel), Some(initramfs), Some(control), Some(vsock), true) => Ok(Self {
                 vcpus: vcpus as u8,
+                max_vcpus: max_vcpus as u8,
                 memory_bytes,
+                reserve: Reserve::between(memory_bytes, max_memory_bytes),
                 kernel: kernel.into(),
                 initramfs: initramfs.into(),
                 cmdline,

@@ -9,7 +9,8 @@ use std::os::unix::net::UnixListener;
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, AddFileSystem, ConsoleContents, ControlError, ControlReply, ControlRequest, Done, RemoveDisk, VmInfo,
+    AddDisk, AddFileSystem, ConsoleContents, ControlError, ControlReply, ControlRequest, Done, RemoveDisk,
+    ResizeMemory, VmInfo,
 };
 use isopod_proto::{DiskId, ErrorKind};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -94,6 +95,7 @@ fn answer(
         Some(Request::AddDisk(AddDisk { disk })) => add_disk(machine, disk, files),
         Some(Request::RemoveDisk(RemoveDisk { id })) => remove_disk(machine, &id),
         Some(Request::AddFileSystem(AddFileSystem { tag })) => add_file_system(machine, &tag, files),
+        Some(Request::ResizeMemory(ResizeMemory { bytes })) => resize_memory(machine, bytes),
         Some(Request::Info(_)) => Ok(Reply::Info(info(machine))),
         Some(Request::Console(_)) => Ok(Reply::Console(ConsoleContents { bytes: machine.console().contents() })),
         Some(Request::Pause(_)) => match machine.vcpus().pause() {
@@ -140,11 +142,20 @@ fn add_file_system(machine: &mut Machine, tag: &str, files: &mut connection::Des
     Ok(Reply::Done(Done {}))
 }
 
+fn resize_memory(machine: &Machine, bytes: u64) -> Result<Reply, Failure> {
+    machine.resize_memory(bytes).map_err(|error| Failure(error.kind(), chain(&error)))?;
+    Ok(Reply::Done(Done {}))
+}
+
 fn info(machine: &Machine) -> VmInfo {
+    let (size, largest) = (machine.size(), machine.largest_size());
     VmInfo {
         paused: machine.vcpus().is_paused(),
-        vcpus: machine.vcpu_count().into(),
-        memory_bytes: machine.memory_bytes(),
+        vcpus: size.vcpus.into(),
+        memory_bytes: size.memory_bytes,
+        max_vcpus: largest.vcpus.into(),
+        max_memory_bytes: largest.memory_bytes,
+        min_memory_bytes: machine.made().memory_bytes,
         disk_ids: machine.disk_ids().map(ToString::to_string).collect(),
         userspace_exits: machine.vcpus().userspace_exits(),
     }

@@ -14,8 +14,10 @@ mod sys;
 mod testing;
 pub(crate) mod worker;
 
+pub mod balloon;
 pub mod block;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod rng;
 pub mod vsock;

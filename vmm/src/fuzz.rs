@@ -9,4 +9,4 @@ mod guest;
 
 pub use crate::devices::fuzz::chain;
 pub use bytes::{config, control, registers};
-pub use devices::{block, file_system, net, rng, vsock};
+pub use devices::{balloon, block, file_system, mem, net, rng, vsock};

@@ -13,8 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError, BootSource, CpuStateError};
 use crate::config::{Config, DiskConfig};
 use crate::devices::Starter;
+use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, BlockError};
 use crate::devices::fs::{Fs, FsError};
+use crate::devices::mem::{Mem, MemControl, MemError};
 use crate::devices::net::{Net, NetError};
 use crate::devices::rng::{Rng, RngError};
 use crate::devices::vsock::{Vsock, VsockError};
@@ -65,6 +67,17 @@ pub enum MachineError {
     /// The vsock device.
     #[error("cannot make the vsock device")]
     Vsock(#[source] VsockError),
+    /// A size that the VM cannot have.
+    #[error("a VM that has been made with {made} bytes of memory cannot have {wanted}")]
+    Size {
+        /// What it has at the least.
+        made: u64,
+        /// What it was to have.
+        wanted: u64,
+        /// Why not, unless it is less.
+        #[source]
+        source: Option<MemError>,
+    },
     /// The entropy device.
     #[error("cannot make the entropy device")]
     Rng(#[source] RngError),
@@ -94,6 +107,7 @@ impl MachineError {
             Self::Rng(error) => error.kind(),
             Self::Bus(_, error) => error.kind(),
             Self::FileSystem(_, error) => error.kind(),
+            Self::Size { .. } => ErrorKind::InvalidArgument,
             Self::DiskExists(_) | Self::FileSystemExists(_) => ErrorKind::AlreadyExists,
             Self::NoDisk(_) => ErrorKind::NotFound,
             Self::Refused(..) | Self::Acpi(_) | Self::Cpu(..) | Self::Starter(_) | Self::Vcpus(_) => {
@@ -111,6 +125,15 @@ impl MachineError {
     }
 }
 
+/// How large a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Processors.
+    pub vcpus: u8,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
 /// A VM that runs, or is paused.
 pub struct Machine {
     // Fields are dropped in this order: first nothing runs in the guest any more, then its devices stop.
@@ -121,40 +144,52 @@ pub struct Machine {
     /// The tags of the file systems.
     file_systems: Vec<String>,
     console: ConsoleRing,
-    memory_bytes: u64,
-    vcpu_count: u8,
+    /// Its size at its boot.
+    made: Size,
+    /// What has more memory for it; `None`: there is none.
+    mem: Option<MemControl>,
 }
 
 impl Machine {
     /// Makes the VM that `config` describes and lets it run. `console` gets what the guest prints. The descriptors that a running
     /// VM does not need are closed before it runs.
     pub fn start(config: Config, checked: CheckedKvm, console: ConsoleRing) -> Result<Self, MachineError> {
-        let memory = memory::allocate(config.memory_bytes).map_err(MachineError::Memory)?;
+        let ram = memory::allocate(config.memory_bytes).map_err(MachineError::Memory)?;
+        let (memory, mem) = match config.reserve {
+            Some(reserve) => {
+                let (memory, backing) = memory::with_reserve(&ram, reserve).map_err(MachineError::Memory)?;
+                (memory, Some(Mem::new(reserve.start, reserve.length, backing)))
+            }
+            None => (ram.clone(), None),
+        };
         let vm = create_vm(&checked, &memory)?;
         let routes = InterruptRoutes::new(Arc::clone(&vm));
         let serial = routes.pin(layout::SERIAL_IRQ).map_err(refused("connect the serial port's interrupt"))?;
         let serial = SerialConsole::new(SerialInterrupt(serial), console.clone());
 
-        let cmdline = boot::command_line(config.verbose_console, &config.cmdline);
+        let cmdline = boot::command_line(config.verbose_console, config.vcpus, &config.cmdline);
         let source = BootSource { kernel: &config.kernel, initramfs: &config.initramfs, cmdline: &cmdline };
-        let entry = boot::load(&memory, &source).map_err(MachineError::Boot)?;
-        memory
-            .write_slice(&acpi::tables(config.vcpus), GuestAddress(layout::ACPI_TABLES))
+        let entry = boot::load(&ram, &source).map_err(MachineError::Boot)?;
+        ram.write_slice(&acpi::tables(config.max_vcpus), GuestAddress(layout::ACPI_TABLES))
             .map_err(MachineError::Acpi)?;
-        let vcpus = create_vcpus(&vm, &checked, config.vcpus)?;
-        boot::set_up_boot_cpu(&vcpus[0], &memory, entry).map_err(|error| MachineError::Cpu(0, error))?;
+        let vcpus = create_vcpus(&vm, &checked, config.max_vcpus)?;
+        boot::set_up_boot_cpu(&vcpus[0], &ram, entry).map_err(|error| MachineError::Cpu(0, error))?;
 
         let mut bus = PciBus::new(Box::new(HostBridge::new()));
         show_configuration(&mut bus, &vm, &checked)?;
         let starter = Arc::new(Starter::start().map_err(MachineError::Starter)?);
         let builder = FunctionBuilder { vm, memory, routes, starter };
         let disks = add_devices(&mut bus, &builder, config.devices)?;
+        let control = mem.as_ref().map(Mem::control);
+        if let Some(mem) = mem {
+            builder.add(&mut bus, Box::new(mem))?;
+        }
         let pci = Arc::new(Mutex::new(bus));
         let io_bus = Arc::new(IoBus::new(serial, Arc::clone(&pci)));
-        let (memory_bytes, vcpu_count) = (config.memory_bytes, config.vcpus);
+        let made = Size { vcpus: config.vcpus, memory_bytes: config.memory_bytes };
         drop((checked, config.kernel, config.initramfs, config.control));
         let vcpus = VcpuSet::start(vcpus, io_bus).map_err(MachineError::Vcpus)?;
-        Ok(Self { vcpus, pci, builder, disks, file_systems: vec![], console, memory_bytes, vcpu_count })
+        Ok(Self { vcpus, pci, builder, disks, file_systems: vec![], console, made, mem: control })
     }
 
     /// Adds a disk; the guest finds it when it rescans the bus.
@@ -203,14 +238,33 @@ impl Machine {
         &self.vcpus
     }
 
-    /// How many vCPUs there are.
-    pub fn vcpu_count(&self) -> u8 {
-        self.vcpu_count
+    /// Asks the guest to have `bytes` of memory in all, and returns at once.
+    pub fn resize_memory(&self, bytes: u64) -> Result<(), MachineError> {
+        let made = self.made.memory_bytes;
+        let refused = |source| MachineError::Size { made, wanted: bytes, source };
+        let more = bytes.checked_sub(made).ok_or_else(|| refused(None))?;
+        match &self.mem {
+            Some(mem) => mem.request(more).map_err(|error| refused(Some(error))),
+            None if more == 0 => Ok(()),
+            None => Err(refused(None)),
+        }
     }
 
-    /// Bytes of guest memory.
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
+    /// Its size at its boot, which it has at the least.
+    pub fn made(&self) -> Size {
+        self.made
+    }
+
+    /// The vCPUs that the guest was brought up with, and the memory that it has now.
+    pub fn size(&self) -> Size {
+        let more = self.mem.as_ref().map_or(0, MemControl::plugged_bytes);
+        Size { memory_bytes: self.made.memory_bytes + more, ..self.made }
+    }
+
+    /// What the guest can have.
+    pub fn largest_size(&self) -> Size {
+        let more = self.mem.as_ref().map_or(0, MemControl::most_bytes);
+        Size { vcpus: self.vcpus.count() as u8, memory_bytes: self.made.memory_bytes + more }
     }
 
     /// What the guest printed.
@@ -269,6 +323,7 @@ fn add_devices(
 ) -> Result<Vec<(DiskId, FunctionNumber)>, MachineError> {
     let crate::config::Devices { vsock, guest_cid, disks, interfaces } = devices;
     builder.add(bus, Box::new(Rng::new().map_err(MachineError::Rng)?))?;
+    builder.add(bus, Box::new(Balloon::new()))?;
     builder.add(bus, Box::new(Vsock::new(vsock, guest_cid).map_err(MachineError::Vsock)?))?;
     for interface in interfaces {
         let net = Net::new(interface.tap, interface.mac, interface.mtu).map_err(MachineError::Net)?;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "the one place of the crate's core that may")]
 
 pub mod kick;
+pub mod protection;
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -86,8 +87,8 @@ static IN_UNIT_TESTS: extern "C" fn() = {
     start
 };
 
-/// The slot of configuration space: those before it are the guest's memory, which has at most two regions.
-const CONFIG_SLOT: u32 = 2;
+/// The slot of configuration space: those before it are the guest's memory, which has at most two regions and a reserve.
+const CONFIG_SLOT: u32 = 3;
 
 /// Shows `memory` to the guests of `vm`, one slot a region. No vCPU may run when `memory` goes: the caller keeps both.
 pub fn map_guest_memory(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {

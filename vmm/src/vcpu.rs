@@ -116,6 +116,11 @@ impl VcpuSet {
         Ok(set)
     }
 
+    /// How many there are, brought up by the guest or not.
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
     /// Readable once the VM has ended by itself.
     pub fn ended(&self) -> &OwnedFd {
         &self.shared.ended
@@ -304,6 +309,9 @@ impl Runner {
             Ok(VcpuExit::InternalError) => return Next::Broken("KVM cannot emulate what the guest does".into()),
             Ok(other) => return Next::Broken(format!("unexpected exit {other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if error.errno() == libc::EFAULT => {
+                return Next::End(Exit::new(Reason::GuestCrash, "the guest uses memory that it has not been given"));
+            }
             Err(error) => return Next::Broken(format!("KVM_RUN fails: {}", io::Error::from(error))),
         }
         Next::Enter

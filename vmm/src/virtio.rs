@@ -91,6 +91,10 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device's configuration space; what is read-only or past its end is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// Changes whenever the configuration space does by itself (4.1.4.3.1), so that a driver that reads it in pieces finds out.
+    fn config_generation(&self) -> u8 {
+        0
+    }
     /// Starts the device's worker.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// Stops and joins the worker and returns to the state before [`VirtioDevice::activate`]. Idempotent. After it no

@@ -5,6 +5,7 @@ mod support;
 
 use std::time::Duration;
 
+use isopod_proto::ErrorKind;
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::vm_exit::Reason;
@@ -129,6 +130,46 @@ fn kvm_a_guest_that_never_exits_stops_on_sigterm_with_all_its_vcpus() {
     vm.terminate();
     let exit = vm.exit();
     assert_eq!((exit.reason(), vm.status()), (Reason::Stopped, Some(0)), "{}", exit.message);
+}
+
+#[test]
+fn kvm_a_vm_with_room_to_grow_says_so_and_pauses_with_vcpus_that_never_ran() {
+    if !kvm_is_there() {
+        return;
+    }
+    let guest = Guest { code: FOREVER.to_vec(), max_vcpus: 3, max_memory: 1 << 30, ..Guest::default() };
+    let mut vm = Vm::start(&guest);
+    let Reply::Info(info) = vm.call(Request::Info(Info {})) else { panic!("not what was asked for") };
+    assert_eq!((info.vcpus, info.max_vcpus), (1, 3));
+    assert_eq!((info.memory_bytes, info.max_memory_bytes), (32 << 20, 1 << 30));
+    vm.call(Request::Pause(Pause {}));
+    vm.call(Request::Resume(Resume {}));
+    for good in [64 << 20, 1 << 30, 32 << 20] {
+        assert_eq!(vm.resize_memory(good), Ok(()));
+    }
+    for bad in [0, (32 << 20) + 4096, (1 << 30) + (4 << 20), u64::MAX] {
+        let (kind, message) = vm.resize_memory(bad).expect_err("it cannot be");
+        assert_eq!(kind, ErrorKind::InvalidArgument.code(), "{message}");
+        assert!(message.contains(&bad.to_string()), "{message}");
+    }
+    vm.call(Request::Stop(Stop {}));
+    assert_eq!(vm.exit().reason(), Reason::Stopped);
+}
+
+#[test]
+fn kvm_memory_that_is_only_reserved_cannot_be_touched() {
+    if !kvm_is_there() {
+        return;
+    }
+    // mov rax, 4 GiB as a large page; mov [the last entry of the page directory], rax; mov al, [what that maps]; hlt.
+    let mut code = vec![0x48, 0xb8, 0x83, 0, 0, 0, 1, 0, 0, 0];
+    code.extend([0x48, 0x89, 0x04, 0x25, 0xf8, 0xbf, 0, 0]);
+    code.extend([0x8a, 0x04, 0x25, 0, 0, 0xe0, 0x3f]);
+    code.push(0xf4);
+    let mut vm = Vm::start(&Guest { code, max_memory: 1 << 30, ..Guest::default() });
+    let exit = vm.exit();
+    assert_eq!(exit.reason(), Reason::GuestCrash, "{}", exit.message);
+    assert!(exit.message.contains("has not been given"), "{}", exit.message);
 }
 
 #[test]

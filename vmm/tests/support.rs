@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, AddFileSystem, ControlReply, ControlRequest, Disk, RemoveDisk, Segment, User, VmConfig, VmExit,
+    AddDisk, AddFileSystem, ControlReply, ControlRequest, Disk, RemoveDisk, ResizeMemory, Segment, User, VmConfig,
+    VmExit,
 };
 use isopod_proto::{decode_frame, encode_frame};
 use prost::Message;
@@ -40,14 +41,16 @@ pub struct Guest {
     /// 64-bit machine code.
     pub code: Vec<u8>,
     pub vcpus: u32,
+    pub max_vcpus: u32,
     pub memory: u64,
+    pub max_memory: u64,
     /// Instead of an ELF file of the code.
     pub kernel: Option<Vec<u8>>,
 }
 
 impl Default for Guest {
     fn default() -> Self {
-        Self { code: vec![0xf4], vcpus: 1, memory: 32 << 20, kernel: None }
+        Self { code: vec![0xf4], vcpus: 1, max_vcpus: 0, memory: 32 << 20, max_memory: 0, kernel: None }
     }
 }
 
@@ -105,7 +108,9 @@ impl Vm {
         let kernel = guest.kernel.clone().unwrap_or_else(|| elf(&guest.code));
         let config = VmConfig {
             vcpus: guest.vcpus,
+            max_vcpus: guest.max_vcpus,
             memory_bytes: guest.memory,
+            max_memory_bytes: guest.max_memory,
             kernel_fd: inherit(file_of(&kernel).into()),
             initramfs_fd: inherit(file_of(b"nothing").into()),
             control_fd: inherit(listener("control").into()),
@@ -198,6 +203,11 @@ impl Vm {
     /// Adds a file system with a file in place of a socket. The error is its kind and message.
     pub fn add_file_system(&self, tag: &str) -> Result<(), (u32, String)> {
         done(self.call_with(Request::AddFileSystem(AddFileSystem { tag: tag.into() }), 1))
+    }
+
+    /// Asks for another size.
+    pub fn resize_memory(&self, bytes: u64) -> Result<(), (u32, String)> {
+        done(self.call(Request::ResizeMemory(ResizeMemory { bytes })))
     }
 
     /// Removes a disk.

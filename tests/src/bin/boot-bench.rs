@@ -17,6 +17,9 @@ use tokio::io::AsyncReadExt;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 const MEMORY_BYTES: u64 = 128 << 20;
+/// What the daemon lets a VM of isopod's grow to on a host with so much, by default. QEMU's has no room to grow.
+const MAX_VCPUS: u32 = 8;
+const MAX_MEMORY_BYTES: u64 = 64 << 30;
 const RUNS: usize = 5;
 /// Where QEMU puts the initramfs: above the kernel, below the end of memory.
 const INITRD_ADDRESS: u64 = 64 << 20;
@@ -58,7 +61,15 @@ fn main() -> Result<()> {
 fn boot_isopod(vmm: &Path, kernel: &Path, initramfs: &Path) -> Result<Sample> {
     let counter = ExitCounter::start()?;
     let start = Instant::now();
-    let mut vm = MicroVm::start(&MicroVmConfig { vmm, kernel, initramfs, vcpus: 1, memory_bytes: MEMORY_BYTES })?;
+    let mut vm = MicroVm::start(&MicroVmConfig {
+        vmm,
+        kernel,
+        initramfs,
+        vcpus: 1,
+        max_vcpus: MAX_VCPUS,
+        memory_bytes: MEMORY_BYTES,
+        max_memory_bytes: MAX_MEMORY_BYTES,
+    })?;
     let hello = vm.hello(DEADLINE)?;
     let time = start.elapsed();
     let exits = counter.read()?;

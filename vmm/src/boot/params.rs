@@ -20,11 +20,14 @@ const E820_RESERVED: u32 = 2;
 ///
 /// A reset is a triple fault, which ends `KVM_RUN` at once, and a panic resets. Only bus 0 exists. No loop or dummy devices
 /// are made before somebody asks for one: eight and one of them would be, at every boot. Only errors reach the console
-/// unless `verbose`: each byte costs two exits.
-pub fn command_line(verbose: bool, extra: &str) -> String {
+/// unless `verbose`: each byte costs two exits. Of the processors that there are `vcpus` are brought up; the agent brings up further ones.
+/// Memory that comes later is kept for what can be moved, as far as the kernel has enough besides, so that it can go again.
+pub fn command_line(verbose: bool, vcpus: u8, extra: &str) -> String {
     let console = if verbose { "console=ttyS0 ignore_loglevel" } else { "console=ttyS0 quiet" };
-    let mut line =
-        format!("{console} reboot=t panic=-1 no_timer_check pci=lastbus=0 loop.max_loop=0 dummy.numdummies=0");
+    let mut line = format!(
+        "{console} reboot=t panic=-1 no_timer_check pci=lastbus=0 loop.max_loop=0 dummy.numdummies=0 maxcpus={vcpus} \
+         memory_hotplug.online_policy=auto-movable"
+    );
     if !extra.is_empty() {
         line.push(' ');
         line.push_str(extra);
@@ -111,8 +114,9 @@ mod tests {
 
     #[test]
     fn own_arguments_come_before_the_daemons() {
-        let line = command_line(false, "isopod.x=1");
+        let line = command_line(false, 2, "isopod.x=1");
         assert!(line.starts_with("console=") && line.ends_with(" isopod.x=1"), "{line}");
-        assert!(command_line(true, "").contains("ignore_loglevel"));
+        assert!(line.contains(" maxcpus=2 "), "{line}");
+        assert!(command_line(true, 1, "").contains("ignore_loglevel"));
     }
 }

@@ -1,4 +1,4 @@
-//! Vectored I/O between descriptors and guest memory.
+//! Vectored I/O between descriptors and guest memory, and pages of it that go back to the host.
 
 #![allow(unsafe_code, reason = "system calls that take the addresses of guest memory")]
 
@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::Buffers;
 use crate::virtio::GuestMemory;
 
+const PAGE: usize = 4096;
 /// Most pieces one system call takes from here.
 const MAX_PIECES: usize = 256;
 
@@ -88,4 +89,17 @@ pub(super) fn write(fd: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<usize
     let (entries, count) = pieces.raw();
     // SAFETY: as for `write_at`.
     checked(unsafe { libc::writev(fd.as_raw_fd(), entries, count) })
+}
+
+/// Gives the whole pages of `slice` back to the host; the guest finds zeroes when it touches them again.
+pub(super) fn discard(slice: &VolatileSlice<'_>) -> io::Result<()> {
+    let start = slice.ptr_guard_mut().as_ptr() as usize;
+    let (first, end) = (start.next_multiple_of(PAGE), (start + slice.len()) / PAGE * PAGE);
+    if first >= end {
+        return Ok(());
+    }
+    // SAFETY: the pages are within `slice`, a private mapping of guest memory that nothing in this process holds a reference to: as
+    // if the guest had written zeroes.
+    let done = unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_DONTNEED) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,18 +1,22 @@
 //! The devices, each with another end that does what the input says.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::Arc;
 
 use isopod_proto::DiskId;
+use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::guest::{Host, Outside, drive};
+use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, Segment};
 use crate::devices::fs::Fs;
+use crate::devices::mem::{BLOCK_BYTES, Backing, Mem, MemControl};
 use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::Vsock;
@@ -21,11 +25,19 @@ use crate::devices::vsock::Vsock;
 const CID: u64 = 9;
 /// Most connections of the host that are kept.
 const MAX_STREAMS: usize = 8;
+/// Where the memory device's range is, and its blocks.
+const MEM_START: u64 = 1 << 32;
+const MEM_BLOCKS: u64 = 16;
 
 struct Nobody;
 
 impl Outside for Nobody {
     fn act(&mut self, _action: Host) {}
+}
+
+/// The balloon.
+pub fn balloon(input: &[u8]) {
+    drive(Box::new(Balloon::new()), &mut Nobody, input);
 }
 
 /// The entropy device.
@@ -107,6 +119,66 @@ pub fn file_system(input: &[u8]) {
     let (socket, peer) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("sockets");
     let device = Fs::new("fuzz", socket).expect("a device");
     drive(Box::new(device), &mut FileServer(Peer(Some(peer))), input);
+}
+
+/// Memory that may be given once, and taken when it was.
+#[derive(Clone, Default)]
+struct Given(Arc<Mutex<[bool; MEM_BLOCKS as usize]>>);
+
+impl Given {
+    fn set(&self, offset: u64, length: u64, given: bool) -> io::Result<()> {
+        assert!(offset.is_multiple_of(BLOCK_BYTES) && length.is_multiple_of(BLOCK_BYTES) && length > 0);
+        let range = (offset / BLOCK_BYTES) as usize..((offset + length) / BLOCK_BYTES) as usize;
+        for block in &mut self.0.lock()[range] {
+            assert_ne!(std::mem::replace(block, given), given);
+        }
+        Ok(())
+    }
+}
+
+impl Backing for Given {
+    fn give(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.set(offset, length, true)
+    }
+
+    fn take(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.set(offset, length, false)
+    }
+}
+
+/// A daemon that changes its mind about the guest's size.
+struct Daemon {
+    control: MemControl,
+    given: Given,
+}
+
+impl Outside for Daemon {
+    fn act(&mut self, action: Host) {
+        if let Host::Open(blocks) = action {
+            // More than there are is refused.
+            let _ = self.control.request(u64::from(blocks) * BLOCK_BYTES);
+        }
+        let given = self.given.0.lock().iter().filter(|given| **given).count() as u64;
+        assert_eq!(self.control.plugged_bytes(), given * BLOCK_BYTES);
+    }
+
+    /// Makes it a request for a few blocks, most of which there are.
+    fn mend(&mut self, bytes: &mut [u8], _total: usize) {
+        let Some(request) = bytes.first_chunk_mut::<18>() else { return };
+        (request[0], request[1]) = (request[0] % 5, 0);
+        let address = MEM_START + u64::from(request[8] % (MEM_BLOCKS as u8 + 2)) * BLOCK_BYTES;
+        request[8..16].copy_from_slice(&address.to_le_bytes());
+        (request[16], request[17]) = (request[16] % 5, 0);
+    }
+}
+
+/// The memory device.
+pub fn mem(input: &[u8]) {
+    let given = Given::default();
+    let device = Mem::new(MEM_START, MEM_BLOCKS * BLOCK_BYTES, Box::new(given.clone()));
+    let mut daemon = Daemon { control: device.control(), given };
+    drive(Box::new(device), &mut daemon, input);
+    daemon.act(Host::Close);
 }
 
 /// Programs of the host that connect to a guest, or wait for it to connect.

@@ -22,10 +22,14 @@ pub enum Thread {
     Vcpu,
     /// The one that starts the devices' workers: everything that those may.
     Starter,
+    /// The worker of the balloon, which gives pages back as allocators do.
+    Balloon,
     /// The worker of a disk.
     Block,
     /// The worker of a file system.
     FileSystem,
+    /// The worker of the memory device, which changes who can access memory, as allocators do.
+    Mem,
     /// The worker of a network interface.
     Net,
     /// The worker of the entropy device.
@@ -107,13 +111,15 @@ fn main() -> Allowed {
 }
 
 impl Thread {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::Start,
         Self::Main,
         Self::Vcpu,
         Self::Starter,
+        Self::Balloon,
         Self::Block,
         Self::FileSystem,
+        Self::Mem,
         Self::Net,
         Self::Rng,
         Self::Vsock,
@@ -128,7 +134,7 @@ impl Thread {
             Self::Block => block(),
             Self::FileSystem => stream(),
             Self::Net => net(),
-            Self::Rng => worker(),
+            Self::Balloon | Self::Mem | Self::Rng => worker(),
             Self::Vsock => vsock(),
         }
     }

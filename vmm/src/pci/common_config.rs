@@ -26,6 +26,9 @@ const FEATURE_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_MSI_NO_VECTOR.
 pub const NO_VECTOR: u16 = 0xffff;
 
+/// Where the generation of the device's configuration is, of one byte.
+pub const CONFIG_GENERATION: u64 = 21;
+
 /// What the transport has to do after a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -138,8 +141,8 @@ impl CommonConfig {
             (16, 2) => self.config_vector.into(),
             (18, 2) => self.queues.len() as u64,
             (20, 1) => self.status.into(),
-            // The generation: no device changes its configuration while it runs.
-            (21, 1) => 0,
+            // The generation is the device's to tell (CONFIG_GENERATION).
+            (CONFIG_GENERATION, 1) => 0,
             (22, 2) => self.queue_select.into(),
             (24, 2) => of_queue(|queue| queue.size.into()),
             (26, 2) => queue.map_or(NO_VECTOR, |queue| queue.vector).into(),

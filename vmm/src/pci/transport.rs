@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::PciFunction;
-use super::common_config::{Action, CommonConfig, NO_VECTOR};
+use super::common_config::{Action, CONFIG_GENERATION, CommonConfig, NO_VECTOR};
 use super::config_space::{BAR0, COMMAND, ConfigSpace, Identity};
 use super::msix::{Msix, VectorBackend};
 use crate::devices::Starter;
@@ -212,6 +212,7 @@ impl PciFunction for VirtioFunction {
     fn read_memory(&mut self, offset: u64, data: &mut [u8]) {
         let inner = offset % PAGE;
         match offset - inner {
+            COMMON if inner == CONFIG_GENERATION && data.len() == 1 => data[0] = self.device.config_generation(),
             COMMON => self.common.read(inner, data),
             DEVICE => self.device.read_config(inner, data),
             MSIX_TABLE => self.interrupt.msix.lock().read_table(inner, data),
