@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ use crate::process::{Outcome, Process};
 use crate::reaper::Reaper;
 use crate::user_namespace::UserNamespaces;
 use crate::volume::{self, Storage, Volumes};
-use crate::{cgroup, devices, pod, shares, stats, sys};
+use crate::{cgroup, cpus, devices, pod, shares, stats, sys};
 
 /// A thing with an id: there, or under way to be or to go. Under way is what a second request for the same id meets.
 enum Slot<T> {
@@ -312,6 +312,11 @@ impl Agent {
         let settings = cgroup::settings(&request.resources.clone().unwrap_or_default())?;
         let path = self.layout.cgroup_parent().to_owned();
         blocking(move || Cgroup::open(path)?.update(&settings)).await
+    }
+
+    /// Brings up so many processors, and takes the others down.
+    pub async fn set_cpus(&self, count: u32) -> Result<()> {
+        blocking(move || cpus::set(Path::new(cpus::DIRECTORY), count)).await
     }
 
     /// Counters of the guest and of the named containers, or of all.

@@ -13,6 +13,7 @@ mod boot;
 mod cgroup;
 mod console;
 mod container;
+mod cpus;
 mod device_access;
 mod device_mapper;
 mod devices;

@@ -10,10 +10,10 @@ use isopod_proto::agent::{
     ConfigurePodResponse, CreateContainerRequest, CreateContainerResponse, DetachDiskRequest, DetachDiskResponse,
     ExecRequest, ExecResponse, InventoryRequest, InventoryResponse, MakeVolumeRequest, MakeVolumeResponse, MirrorPart,
     RemoveContainerRequest, RemoveContainerResponse, RemoveMirrorRequest, RemoveMirrorResponse, RemoveProcessRequest,
-    RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, SetMirrorResponse, ShutdownRequest,
-    ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest,
-    StatsResponse, UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse,
-    WaitProcessRequest, WaitProcessResponse,
+    RemoveProcessResponse, ResizeTerminalRequest, ResizeTerminalResponse, SetCpusRequest, SetCpusResponse,
+    SetMirrorResponse, ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest,
+    StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest, UpdateContainerResponse,
+    UpdatePodRequest, UpdatePodResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use isopod_proto::{ErrorKind, MAX_MIRROR_MESSAGE};
 use tokio::sync::Notify;
@@ -144,6 +144,11 @@ impl Service for Rpc {
     async fn update_pod(&self, request: Request<UpdatePodRequest>) -> Answer<UpdatePodResponse> {
         let request = request.into_inner();
         self.run(|agent| async move { agent.update_pod(&request).await.map(|()| UpdatePodResponse {}) }).await
+    }
+
+    async fn set_cpus(&self, request: Request<SetCpusRequest>) -> Answer<SetCpusResponse> {
+        let SetCpusRequest { count } = request.into_inner();
+        self.run(|agent| async move { agent.set_cpus(count).await.map(|()| SetCpusResponse {}) }).await
     }
 
     async fn set_mirror(&self, request: Request<Streaming<MirrorPart>>) -> Answer<SetMirrorResponse> {

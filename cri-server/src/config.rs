@@ -72,6 +72,10 @@ pub struct RawVmm {
     pub vcpus: Option<u32>,
     /// Memory of a pod that has no memory limit, in MiB.
     pub memory_mib: Option<u64>,
+    /// Virtual CPUs that a pod can be resized to.
+    pub max_vcpus: Option<u32>,
+    /// Memory that a pod's VM can be resized to, in MiB.
+    pub max_memory_mib: Option<u64>,
     /// How long a guest may take until its agent says hello, in seconds.
     pub boot_deadline_seconds: Option<u64>,
     /// Let the guest kernel print all its messages to the console ring.
@@ -187,6 +191,10 @@ pub struct VmmConfig {
     pub vcpus: u32,
     /// Bytes of memory of a pod without a memory limit.
     pub memory_bytes: u64,
+    /// Virtual CPUs that a pod can be resized to: 1 to 64. `None`: as many as the host has, eight at most.
+    pub max_vcpus: Option<u32>,
+    /// Bytes of memory that a pod's VM can be resized to. `None`: as much as the host has.
+    pub max_memory_bytes: Option<u64>,
     /// From the start of the VMM to the agent's hello.
     pub boot_deadline: Duration,
     /// All kernel messages go to the console ring.

@@ -17,6 +17,7 @@ pub mod bring_up;
 pub mod command;
 pub mod driver;
 pub mod files;
+mod resize;
 pub mod resources;
 pub mod scratch;
 pub mod size;
@@ -256,14 +257,14 @@ pub enum SandboxError {
         doing: &'static str,
     },
     /// It needs a larger VM.
-    #[error("{field}: {wanted} is more than the sandbox's VM has, {has}, and a VM that runs does not grow")]
+    #[error("{field}: {wanted} is more than this sandbox's can grow to, {most}")]
     BeyondVm {
         /// Which limit, as CRI names it.
         field: &'static str,
         /// What was asked for.
         wanted: String,
-        /// What there is.
-        has: String,
+        /// What there can be.
+        most: String,
     },
     /// A client that is attached does not read.
     #[error("detached, as the client was more than {limit} bytes behind the container's output")]

@@ -23,7 +23,10 @@ use isopod_proto::ErrorKind;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use control::exchange;
-pub use control::{DiskContents, DiskPart, add_disk, add_file_system, console, disks, remove_disk, stop};
+pub use control::{
+    DiskContents, DiskPart, VmCapacity, add_disk, add_file_system, capacity, console, disks, remove_disk,
+    resize_memory, stop,
+};
 pub(crate) use process::start_time;
 pub use process::{BootDisk, Configuration, Vm, VmSpec};
 pub use threads::threads;

@@ -30,6 +30,8 @@ fn spec(directory: &Path, binary: PathBuf) -> VmSpec {
         directory: directory.into(),
         uid: 0x7000_0000,
         vcpus: 1,
+        max_vcpus: 1,
+        max_memory_bytes: 0,
         memory_bytes: 64 << 20,
         kernel: null(),
         initramfs: null(),

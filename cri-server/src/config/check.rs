@@ -83,6 +83,8 @@ fn check_vmm(raw: RawVmm, mistakes: &mut Mistakes) -> VmmConfig {
         initramfs: mistakes.absolute("vmm.initramfs", path(raw.initramfs, "/usr/share/isopod/initramfs.cpio")),
         vcpus: mistakes.within("vmm.vcpus", raw.vcpus.unwrap_or(1).into(), 1, 64) as u32,
         memory_bytes: mistakes.within("vmm.memory_mib", raw.memory_mib.unwrap_or(256), 64, 1 << 20) * MIB,
+        max_vcpus: raw.max_vcpus.map(|count| mistakes.within("vmm.max_vcpus", count.into(), 1, 64) as u32),
+        max_memory_bytes: raw.max_memory_mib.map(|mib| mistakes.within("vmm.max_memory_mib", mib, 64, 1 << 22) * MIB),
         boot_deadline: Duration::from_secs(mistakes.within(
             "vmm.boot_deadline_seconds",
             raw.boot_deadline_seconds.unwrap_or(60),

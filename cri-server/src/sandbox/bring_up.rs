@@ -14,6 +14,7 @@ use isopod_proto::ErrorKind;
 use isopod_proto::agent::{ConfigurePodRequest, Hello, Interface, Route};
 use tokio::time::timeout;
 
+use super::size::Size;
 use super::users::NoUser;
 use super::{SandboxRecord, files, now, resources, scratch, size};
 use crate::cgroup::{self, CgroupError};
@@ -194,8 +195,9 @@ async fn start_vm(
     let config = &context.config.vmm;
     let directory = &resources::directory(context, &record.id);
     let open = |path: &Path| File::open(path).map_err(|source| BringUpError::GuestFile { path: path.into(), source });
-    let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
-    let size = size::of(record.config.linux.as_ref(), config, host_cpus);
+    let host = Size::of_host(config);
+    let size = size::of(record.config.linux.as_ref(), config, host);
+    let largest = size::largest(size, config, host);
     record.size = Some(size);
     let spec = VmSpec {
         binary: config.binary.clone(),
@@ -203,6 +205,8 @@ async fn start_vm(
         uid,
         vcpus: size.vcpus,
         memory_bytes: size.memory_bytes,
+        max_vcpus: largest.vcpus,
+        max_memory_bytes: largest.memory_bytes,
         kernel: open(&config.kernel)?,
         initramfs: open(&config.initramfs)?,
         disks: vec![scratch],

@@ -1,20 +1,17 @@
-//! Changes of limits while a sandbox is there: in the guest's cgroups first, then in the record. An error leaves both as they
-//! were. What a VM does not have yet, it cannot get: a limit above its size is refused, so that nobody counts on it.
+//! Changes of limits while a sandbox is there: the VM grows first, then the guest's cgroups and the record change, and then the VM
+//! shrinks. An error leaves all as they were: a limit that the VM cannot have is refused, so that nobody counts on it.
 
 use std::collections::HashMap;
 
 use isopod_proto::agent::{Resources, UpdateContainerRequest, UpdatePodRequest};
 
 use super::driver::Driver;
-use super::size::{self, Size};
 use super::{SandboxError, SandboxPhase};
 use crate::container::{ContainerState, SpecError, explicit_resources, guest_resources, merged_resources};
 use crate::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
 use crate::grpc::status::chain;
 use crate::guest::SHORT;
 use isopod_proto::ObjectId;
-
-const MIB: u64 = 1024 * 1024;
 
 /// UpdateContainerResources.
 pub struct ContainerUpdate {
@@ -45,10 +42,15 @@ impl Driver {
         let old = linux.resources.take().unwrap_or_default();
         let new = merged_resources(&old, &update.limits);
         let resources = guest_resources(&new).map_err(SandboxError::Spec)?;
-        memory_fits(&update.limits, self.record.size)?;
         let in_guest = self.record.phase == SandboxPhase::Ready && !matches!(record.state, ContainerState::Exited(_));
+        // The kubelet also changes CPU sets alone.
+        let resizes = in_guest && (update.limits.memory_limit_in_bytes != 0 || update.limits.cpu_quota != 0);
+        if resizes {
+            self.grow(self.wanted_size(self.record.config.linux.as_ref(), Some((id, &new)))).await?;
+        }
         if in_guest && let Err(error) = self.enforce(id, &new, resources).await {
             self.release_cpu_sets().await;
+            self.shrink_if(resizes).await;
             return Err(error);
         }
         linux.resources = Some(new);
@@ -61,12 +63,21 @@ impl Driver {
                 self.release_cpu_sets().await;
                 self.restore_in_guest(id, &old).await;
             }
+            self.shrink_if(resizes).await;
             return Err(error);
         }
         if let Some(container) = self.containers.get_mut(id) {
             container.record = record;
         }
+        self.shrink_if(resizes).await;
         Ok(())
+    }
+
+    /// Lets the VM be as small as the limits that are in force allow, if they may have changed.
+    async fn shrink_if(&mut self, resizes: bool) {
+        if resizes {
+            self.shrink(self.wanted_size(self.record.config.linux.as_ref(), None)).await;
+        }
     }
 
     /// Puts the limits `new` into force, of which the guest gets `resources`. After an error CPU sets may be in force.
@@ -102,23 +113,28 @@ impl Driver {
         let pod = self.record.config.linux.clone().unwrap_or_default();
         let new = merged_pod(&pod, update);
         let resources = guest_resources(&new.resources.clone().unwrap_or_default()).map_err(SandboxError::Spec)?;
-        if self.record.phase == SandboxPhase::Ready {
-            let host_cpus = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
-            pod_fits(size::of(Some(&new), &self.context.config.vmm, host_cpus), self.record.size)?;
-            self.update_pod_in_guest(resources).await?;
+        let ready = self.record.phase == SandboxPhase::Ready;
+        if ready {
+            self.grow(self.wanted_size(Some(&new), None)).await?;
+            if let Err(error) = self.update_pod_in_guest(resources).await {
+                self.shrink_if(true).await;
+                return Err(error);
+            }
         }
         self.record.config.linux = Some(new);
         if let Err(error) = self.save().await {
             let old = guest_resources(&explicit_resources(&pod.resources.clone().unwrap_or_default()));
-            if self.record.phase == SandboxPhase::Ready
+            if ready
                 && let Ok(old) = old
                 && let Err(error) = self.update_pod_in_guest(old).await
             {
                 tracing::error!(error = chain(&error), "limits that are not kept stay in force");
             }
             self.record.config.linux = Some(pod);
+            self.shrink_if(ready).await;
             return Err(error);
         }
+        self.shrink_if(ready).await;
         Ok(())
     }
 
@@ -151,68 +167,9 @@ fn no_cpu_sets(update: &PodUpdate) -> Result<(), SpecError> {
     }
 }
 
-/// A VM of an earlier daemon has a size that is not known; there everything fits.
-fn memory_fits(update: &LinuxContainerResources, vm: Option<Size>) -> Result<(), SandboxError> {
-    let wanted = u64::try_from(update.memory_limit_in_bytes).unwrap_or(0);
-    match vm {
-        Some(vm) if wanted > vm.memory_bytes => Err(SandboxError::BeyondVm {
-            field: "linux.memory_limit_in_bytes",
-            wanted: format!("{wanted} bytes"),
-            has: format!("{} bytes", vm.memory_bytes),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// Whether a VM as large as a new pod of these limits would get is no larger than the one there is.
-fn pod_fits(wanted: Size, vm: Option<Size>) -> Result<(), SandboxError> {
-    let Some(vm) = vm else { return Ok(()) };
-    if wanted.memory_bytes > vm.memory_bytes {
-        return Err(SandboxError::BeyondVm {
-            field: "resources.memory_limit_in_bytes",
-            wanted: format!("a VM of {} MiB", wanted.memory_bytes / MIB),
-            has: format!("{} MiB", vm.memory_bytes / MIB),
-        });
-    }
-    if wanted.vcpus > vm.vcpus {
-        return Err(SandboxError::BeyondVm {
-            field: "resources.cpu_quota",
-            wanted: format!("a VM of {} CPUs", wanted.vcpus),
-            has: format!("{}", vm.vcpus),
-        });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use isopod_proto::ErrorKind;
-
     use super::*;
-
-    const VM: Size = Size { vcpus: 2, memory_bytes: 512 * MIB };
-
-    #[test]
-    fn a_limit_above_the_vms_memory_is_refused_with_both_numbers() {
-        let limit = |memory| LinuxContainerResources { memory_limit_in_bytes: memory, ..Default::default() };
-        for good in [0, -1, 1, 512 << 20] {
-            assert!(memory_fits(&limit(good), Some(VM)).is_ok());
-        }
-        let error = memory_fits(&limit(1 << 30), Some(VM)).expect_err("too much");
-        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
-        assert!(error.to_string().contains("1073741824") && error.to_string().contains("536870912"), "{error}");
-        assert!(memory_fits(&limit(1 << 30), None).is_ok());
-    }
-
-    #[test]
-    fn a_pod_may_shrink_and_not_outgrow_its_vm() {
-        assert!(pod_fits(VM, Some(VM)).is_ok());
-        assert!(pod_fits(Size { vcpus: 1, memory_bytes: 128 * MIB }, Some(VM)).is_ok());
-        let memory = pod_fits(Size { memory_bytes: 514 * MIB, ..VM }, Some(VM)).expect_err("too much");
-        assert!(memory.to_string().contains("514 MiB"), "{memory}");
-        let cpus = pod_fits(Size { vcpus: 3, ..VM }, Some(VM)).expect_err("too many");
-        assert!(cpus.to_string().contains("3 CPUs"), "{cpus}");
-    }
 
     #[test]
     fn what_an_update_of_a_pod_does_not_give_stays() {

@@ -13,7 +13,8 @@ use std::time::Duration;
 use isopod_proto::vmm::control_reply::Reply;
 use isopod_proto::vmm::control_request::Request;
 use isopod_proto::vmm::{
-    AddDisk, AddFileSystem, Console, ControlReply, ControlRequest, Disk, Info, RemoveDisk, Segment, Stop,
+    AddDisk, AddFileSystem, Console, ControlReply, ControlRequest, Disk, Info, RemoveDisk, ResizeMemory, Segment, Stop,
+    VmInfo,
 };
 use isopod_proto::{DiskId, ErrorKind, MAX_CONTROL_MESSAGE, decode_frame, encode_frame};
 use prost::Message;
@@ -78,9 +79,45 @@ pub async fn add_file_system(directory: &Path, tag: &str, socket: File) -> Resul
 
 /// The ids of the disks in the VM.
 pub async fn disks(directory: &Path) -> Result<Vec<String>, VmmError> {
-    match ask("list the disks", directory, Request::Info(Info {}), Vec::new()).await? {
-        Reply::Info(info) => Ok(info.disk_ids),
-        other => Err(unexpected("list the disks", &other)),
+    Ok(info("list the disks", directory).await?.disk_ids)
+}
+
+/// How large a VM is, and can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmCapacity {
+    /// vCPUs that it was brought up with.
+    pub vcpus: u32,
+    /// vCPUs that it can have. None is told of by a VMM of an earlier version.
+    pub max_vcpus: u32,
+    /// Bytes of memory that it was made with, and has at the least.
+    pub min_memory_bytes: u64,
+    /// Those that it has now.
+    pub memory_bytes: u64,
+    /// Those that it can have, in steps of 4 MiB above the least. None, as above.
+    pub max_memory_bytes: u64,
+}
+
+/// How large the VM is, and can be.
+pub async fn capacity(directory: &Path) -> Result<VmCapacity, VmmError> {
+    let info = info("ask for the size", directory).await?;
+    Ok(VmCapacity {
+        vcpus: info.vcpus,
+        max_vcpus: info.max_vcpus,
+        min_memory_bytes: info.min_memory_bytes,
+        memory_bytes: info.memory_bytes,
+        max_memory_bytes: info.max_memory_bytes,
+    })
+}
+
+/// Asks the guest to have so much memory, which [`capacity`] tells whether it has.
+pub async fn resize_memory(directory: &Path, bytes: u64) -> Result<(), VmmError> {
+    done("change the memory", directory, Request::ResizeMemory(ResizeMemory { bytes }), Vec::new()).await
+}
+
+async fn info(doing: &'static str, directory: &Path) -> Result<VmInfo, VmmError> {
+    match ask(doing, directory, Request::Info(Info {}), Vec::new()).await? {
+        Reply::Info(info) => Ok(info),
+        other => Err(unexpected(doing, &other)),
     }
 }
 

@@ -42,10 +42,14 @@ pub struct VmSpec {
     pub directory: PathBuf,
     /// The user, and the group, that the VMM becomes.
     pub uid: u32,
-    /// 1 to 64.
+    /// Those at the boot: 1 to 64.
     pub vcpus: u32,
-    /// The guest's memory.
+    /// The guest's memory at the boot.
     pub memory_bytes: u64,
+    /// What it can be resized to.
+    pub max_vcpus: u32,
+    /// As above.
+    pub max_memory_bytes: u64,
     /// The guest kernel.
     pub kernel: File,
     /// The guest's initramfs.
@@ -150,6 +154,8 @@ impl Vm {
         let config = VmConfig {
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
+            max_vcpus: spec.max_vcpus,
+            max_memory_bytes: spec.max_memory_bytes,
             kernel_fd: inherited.add(spec.kernel.into()),
             initramfs_fd: inherited.add(spec.initramfs.into()),
             cmdline: String::new(),

@@ -1,7 +1,10 @@
 //! The machine a pod is: its kernel, processors, memory and disks.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{BUSYBOX, Daemon, TestPod, shell};
+use isopod_tests::fixture::{BUSYBOX, Daemon, TestPod, eventually, shell};
 
 #[tokio::test]
 async fn a_pod_has_a_kernel_and_memory_of_its_own() -> anyhow::Result<()> {
@@ -15,6 +18,26 @@ async fn a_pod_has_a_kernel_and_memory_of_its_own() -> anyhow::Result<()> {
     let (total, available): (u64, u64) = (lines[1].parse()?, lines[2].parse()?);
     assert!((200 << 10..=256 << 10).contains(&total), "{total} KiB of the VM's 256 MiB");
     assert!(available > total / 2, "{available} of {total} KiB are free");
+    pod.remove().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn memory_that_a_guest_frees_is_the_nodes_again() -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    let pod = TestPod::run("freeing").await?;
+    let container = pod.start(shell("freeing", "exec sleep 1000")).await?;
+    let cgroup = PathBuf::from(format!("/sys/fs/cgroup/isopod/isopod-{}", pod.id));
+    let read = |name: &str| -> anyhow::Result<u64> { Ok(std::fs::read_to_string(cgroup.join(name))?.trim().parse()?) };
+    let before = read("memory.current")?;
+    let used = container.exec(&["dd", "if=/dev/zero", "of=/dev/null", "bs=140M", "count=1"]).await?;
+    assert_eq!(used.code, 0, "{used:?}");
+    let peak = read("memory.peak")?;
+    assert!(peak > before + 120 * MIB, "{peak} bytes at most, {before} before");
+    eventually("memory that the guest does not use any more", Duration::from_secs(60), async || {
+        read("memory.current").ok().filter(|now| *now < before + 30 * MIB)
+    })
+    .await?;
     pod.remove().await?;
     Ok(())
 }

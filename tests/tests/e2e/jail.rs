@@ -165,7 +165,7 @@ async fn a_vmm_has_what_the_golden_list_says_and_nothing_of_another_ones() -> an
     let process = first.vmm(state)?;
     check_process(&process, &first.directory(state))?;
     let kinds = check_threads(&process)?;
-    for kind in ["isopod-vmm", "vcpu", "starter", "block", "net", "rng", "vsock"] {
+    for kind in ["isopod-vmm", "vcpu", "starter", "balloon", "block", "mem", "net", "rng", "vsock"] {
         assert!(kinds.contains(kind), "{kind} is not among {kinds:?}");
     }
     let other = second.vmm(state)?;

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, ensure};
 use isopod_cri_server::cri;
-use isopod_tests::fixture::{LogLine, TestContainer, TestPod, shell};
+use isopod_tests::fixture::{BUSYBOX, Daemon, LogLine, TestContainer, TestPod, eventually, shell};
+use rustix::process::Signal;
 use tonic::Code;
 
 const MIB: i64 = 1 << 20;
@@ -86,7 +87,7 @@ async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Re
     };
     for (bad, code, word) in [
         (both(16 * MIB), Code::FailedPrecondition, "in use"),
-        (both(64 << 30), Code::FailedPrecondition, "does not grow"),
+        (both(64 << 30), Code::FailedPrecondition, "can grow to"),
         (unified, Code::InvalidArgument, "memory.nonsense"),
         (
             cri::LinuxContainerResources { cpuset_cpus: "0-".into(), ..both(60 * MIB) },
@@ -111,7 +112,67 @@ async fn limits_change_in_the_guest_and_in_the_status_or_nowhere() -> anyhow::Re
     let number = |value: Option<cri::UInt64Value>| value.map(|value| value.value).unwrap_or_default();
     ensure!(number(memory_of.available_bytes) + number(memory_of.working_set_bytes) == 128 << 20, "{memory_of:?}");
     let error = update_pod(&pod, memory(64 << 30)).await.err().context("it was accepted")?;
-    ensure!(error.code() == Code::FailedPrecondition && error.message().contains("does not grow"), "{error:?}");
+    ensure!(error.code() == Code::FailedPrecondition && error.message().contains("can grow to"), "{error:?}");
+    pod.remove().await?;
+    Ok(())
+}
+
+/// Processors of the guest that run, and its memory in MiB.
+async fn size(container: &TestContainer) -> anyhow::Result<(u32, i64)> {
+    let seen = container.sh("nproc; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").await?;
+    let (processors, memory) = seen.trim().split_once('\n').context("two lines")?;
+    Ok((processors.parse()?, memory.parse::<i64>()? / 1024))
+}
+
+fn both(cpus: i64, bytes: i64) -> cri::LinuxContainerResources {
+    cri::LinuxContainerResources { cpu_quota: cpus * 100_000, cpu_period: 100_000, ..memory(bytes) }
+}
+
+#[tokio::test]
+async fn a_vm_grows_and_shrinks_with_the_limits_of_its_pod() -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(|config| {
+        let vmm = config.get_mut("vmm").and_then(toml::Value::as_table_mut).expect("a section");
+        vmm.insert("max_vcpus".into(), 3.into());
+        vmm.insert("max_memory_mib".into(), 1024.into());
+    })
+    .await?;
+    let cri = daemon.cri().await?;
+    cri.pull(BUSYBOX).await?;
+    let mut config = TestPod::config("resized");
+    config.linux.get_or_insert_default().resources = Some(both(1, 64 * MIB));
+    let mut pod = TestPod::run_with(&cri, config).await?;
+    let mut container = pod.start(shell("resized", "exec sleep 1000")).await?;
+    let (processors, made) = size(&container).await?;
+    ensure!(processors == 1 && made < 140, "{processors} processors, {made} MiB");
+    let use_memory = ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"];
+
+    update_pod(&pod, both(3, 256 * MIB)).await?;
+    let (processors, grown) = size(&container).await?;
+    ensure!(processors == 3 && grown >= made + 192, "{processors} processors, {made} and then {grown} MiB");
+    let used = container.exec(&use_memory).await?;
+    ensure!(used.code == 0, "{used:?}");
+
+    // What it cannot have changes nothing.
+    let error = update_pod(&pod, both(1, 2048 * MIB)).await.err().context("it was accepted")?;
+    ensure!(error.code() == Code::FailedPrecondition && error.message().contains("1022 MiB"), "{error:?}");
+    ensure!(size(&container).await? == (3, grown));
+
+    // The next daemon knows how large it is, and that it is too large for the pod then.
+    daemon.end(Signal::KILL).await?;
+    daemon.restart().await?;
+    let cri = daemon.cri().await?;
+    (pod.cri, container.cri) = (cri.clone(), cri);
+    update_pod(&pod, both(2, 64 * MIB)).await?;
+    let patience = std::time::Duration::from_secs(90);
+    eventually("memory that is given back", patience, async || {
+        size(&container).await.ok().filter(|(processors, memory)| (*processors, *memory) == (2, made))
+    })
+    .await?;
+
+    // By a container's limits, too.
+    update(&pod, &container.id, both(1, 200 * MIB)).await?;
+    let (processors, grown) = size(&container).await?;
+    ensure!(processors == 2 && grown > made + 100, "{processors} processors, {made} and then {grown} MiB");
     pod.remove().await?;
     Ok(())
 }

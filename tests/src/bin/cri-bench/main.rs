@@ -1,6 +1,6 @@
 //! The same work on two container runtimes, side by side: `cri-bench NAME=SOCKET BASELINE=SOCKET`.
 //!
-//! `cri-bench mount` measures isopod alone: what an image's file system costs in a guest.
+//! `cri-bench mount` and `cri-bench resize` measure isopod alone: what an image's file system costs in a guest, and another size of a pod.
 //!
 //! Runs in the test node, as root. Each row is measured on both in turn; the last column is the first runtime's figure by the
 //! baseline's. Times are of this node and mean something only as ratios.
@@ -8,6 +8,7 @@
 mod io;
 mod lifecycle;
 mod mount;
+mod resize;
 
 use std::path::Path;
 
@@ -42,8 +43,10 @@ impl Figure {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    if std::env::args().nth(1).as_deref() == Some("mount") {
-        return mount::run().await;
+    match std::env::args().nth(1).as_deref() {
+        Some("mount") => return mount::run().await,
+        Some("resize") => return resize::run().await,
+        _ => {}
     }
     let runtimes: Vec<(String, String)> = std::env::args()
         .skip(1)

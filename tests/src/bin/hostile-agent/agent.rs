@@ -7,10 +7,10 @@ use isopod_proto::agent::{
     CreateContainerResponse, DetachDiskRequest, DetachDiskResponse, ExecRequest, ExecResponse, InterfaceStats,
     InventoryRequest, InventoryResponse, MakeVolumeRequest, MakeVolumeResponse, MirrorPart, RemoveContainerRequest,
     RemoveContainerResponse, RemoveMirrorRequest, RemoveMirrorResponse, RemoveProcessRequest, RemoveProcessResponse,
-    ResizeTerminalRequest, ResizeTerminalResponse, ResolvedUser, SetMirrorResponse, ShutdownRequest, ShutdownResponse,
-    SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse,
-    UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse, WaitProcessRequest,
-    WaitProcessResponse,
+    ResizeTerminalRequest, ResizeTerminalResponse, ResolvedUser, SetCpusRequest, SetCpusResponse, SetMirrorResponse,
+    ShutdownRequest, ShutdownResponse, SignalRequest, SignalResponse, StartContainerRequest, StartContainerResponse,
+    StatsRequest, StatsResponse, UpdateContainerRequest, UpdateContainerResponse, UpdatePodRequest, UpdatePodResponse,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use isopod_tests::hostile::Behaviour;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -151,6 +151,9 @@ impl Agent for Fake {
         self.done().await
     }
     async fn update_pod(&self, _: Request<UpdatePodRequest>) -> Answer<UpdatePodResponse> {
+        self.done().await
+    }
+    async fn set_cpus(&self, _: Request<SetCpusRequest>) -> Answer<SetCpusResponse> {
         self.done().await
     }
     async fn attach_file_system(&self, _: Request<AttachFileSystemRequest>) -> Answer<AttachFileSystemResponse> {
