@@ -10,6 +10,7 @@ use crate::container::{
 };
 use crate::cri;
 use crate::network::ports;
+use crate::sandbox::size::{self, Size};
 use crate::volume::plan;
 
 /// The configuration of a sandbox or a container, as the first byte says.
@@ -29,7 +30,9 @@ fn sandbox(input: &[u8]) {
     let context = linux.security_context.clone().unwrap_or_default();
     let _ = user_namespace_of_options(context.namespace_options.as_ref());
     let vmm = crate::config::Config::check(Default::default()).expect("the default is right").vmm;
-    let size = crate::sandbox::size::of(config.linux.as_ref(), &vmm, 4);
+    let host = Size { vcpus: 4, memory_bytes: 64 << 30 };
+    let size = size::of(config.linux.as_ref(), &vmm, host);
+    assert_eq!(size.or(size::largest(size, &vmm, host)), size::largest(size, &vmm, host));
     assert!((1..=64).contains(&size.vcpus) && size.memory_bytes.is_multiple_of(2 << 20) && size.memory_bytes > 0);
     if check_sandbox(&config).is_ok() {
         let text = crate::sandbox::files::resolv_conf(config.dns_config.as_ref(), None, "nameserver 1.1.1.1\n");
@@ -58,4 +61,7 @@ fn resources(input: &[u8]) {
     let _ = guest_resources(&limits);
     let explicit = explicit_resources(&limits);
     let _ = merged_resources(&limits, &explicit);
+    let host = Size { vcpus: 4, memory_bytes: 64 << 30 };
+    let size = size::of_containers([&limits, &explicit].into_iter(), host);
+    assert!(size.vcpus <= 4 && size.memory_bytes.is_multiple_of(2 << 20));
 }
