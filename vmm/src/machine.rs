@@ -323,7 +323,7 @@ fn add_devices(
 ) -> Result<Vec<(DiskId, FunctionNumber)>, MachineError> {
     let crate::config::Devices { vsock, guest_cid, disks, interfaces } = devices;
     builder.add(bus, Box::new(Rng::new().map_err(MachineError::Rng)?))?;
-    builder.add(bus, Box::new(Balloon::new()))?;
+    builder.add(bus, Box::new(Balloon::default()))?;
     builder.add(bus, Box::new(Vsock::new(vsock, guest_cid).map_err(MachineError::Vsock)?))?;
     for interface in interfaces {
         let net = Net::new(interface.tap, interface.mac, interface.mtu).map_err(MachineError::Net)?;

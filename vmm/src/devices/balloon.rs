@@ -28,9 +28,9 @@ pub struct Balloon {
     log: FaultLog,
 }
 
-impl Balloon {
+impl Default for Balloon {
     /// A balloon without air.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { worker: None, log: FaultLog::new() }
     }
 }
@@ -124,7 +124,7 @@ mod tests {
     fn what_is_reported_is_zeroes_afterwards_and_nothing_else_is() {
         let memory = memory();
         memory.write_slice(&[7; 5 * 4096], GuestAddress(BUFFERS)).unwrap();
-        let mut balloon = Balloon::new();
+        let mut balloon = Balloon::default();
         let mut drivers = activate(&mut balloon, &memory, 0);
         // One page whole, and of two others parts, which stay, as does the rest.
         let buffers = [(BUFFERS + 4096, 4096, true), (BUFFERS + 2 * 4096 + 1, 2 * 4096, true)];
@@ -138,7 +138,7 @@ mod tests {
     fn pages_that_are_not_reported_stay() {
         let memory = memory();
         memory.write_slice(&[7; 4096], GuestAddress(BUFFERS)).unwrap();
-        let mut balloon = Balloon::new();
+        let mut balloon = Balloon::default();
         let mut drivers = activate(&mut balloon, &memory, 0);
         // Inflating, though nobody asked for it; and a report of what the device may only read.
         assert_eq!(drivers[0].request(&[(BUFFERS, 4096, false)]), 0);

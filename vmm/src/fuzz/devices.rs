@@ -37,7 +37,7 @@ impl Outside for Nobody {
 
 /// The balloon.
 pub fn balloon(input: &[u8]) {
-    drive(Box::new(Balloon::new()), &mut Nobody, input);
+    drive(Box::new(Balloon::default()), &mut Nobody, input);
 }
 
 /// The entropy device.
