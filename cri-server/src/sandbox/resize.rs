@@ -69,7 +69,7 @@ impl Driver {
             Err(error) => return Err(error),
         };
         if grown.is_err() {
-            self.shrink_to(size, &capacity).await;
+            self.shrink_to(size, capacity).await;
         }
         grown
     }
@@ -94,14 +94,14 @@ impl Driver {
             return;
         }
         match self.capacity().await {
-            Ok(capacity) if capacity.least(wanted) == size => {}
-            Ok(capacity) => self.shrink_to(wanted, &capacity).await,
+            // One of an earlier version stays as it is.
+            Ok(capacity) if !capacity.is_told() || capacity.least(size, wanted) == size => {}
+            Ok(capacity) => self.shrink_to(capacity.least(size, wanted), capacity).await,
             Err(error) => tracing::warn!(error = chain(&error), "the VM stays as large as it is"),
         }
     }
 
-    async fn shrink_to(&mut self, wanted: Size, capacity: &VmCapacity) {
-        let target = capacity.least(wanted);
+    async fn shrink_to(&mut self, target: Size, capacity: VmCapacity) {
         if capacity.can_grow()
             && let Err(error) = self.resize_memory(target.memory_bytes, UNPLUG, |now| now <= target.memory_bytes).await
         {
@@ -155,6 +155,11 @@ impl Driver {
 }
 
 impl VmCapacity {
+    /// Whether the VMM knows what its VM can have.
+    fn is_told(&self) -> bool {
+        self.max_vcpus > 0
+    }
+
     /// Whether the VM can get memory at all.
     fn can_grow(&self) -> bool {
         self.max_memory_bytes > self.min_memory_bytes
@@ -166,10 +171,10 @@ impl VmCapacity {
         self.min_memory_bytes.checked_add(more).filter(|reached| *reached <= self.max_memory_bytes)
     }
 
-    /// The size that is at least `wanted`, and as it was made.
-    fn least(&self, wanted: Size) -> Size {
-        let wanted = wanted.or(Size { vcpus: self.vcpus, memory_bytes: self.min_memory_bytes });
-        Size { memory_bytes: self.reach(wanted.memory_bytes).unwrap_or(wanted.memory_bytes), ..wanted }
+    /// The least that a VM of `size` can be, and is still as large as `wanted` where it was.
+    fn least(&self, size: Size, wanted: Size) -> Size {
+        let memory_bytes = self.reach(wanted.memory_bytes).unwrap_or(size.memory_bytes).min(size.memory_bytes);
+        Size { vcpus: wanted.vcpus.max(self.vcpus).min(size.vcpus), memory_bytes }
     }
 
     /// What a VM of `size` becomes: as large as is best, as far as it can be, or an error if that is not enough.
@@ -233,8 +238,23 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_becomes_no_smaller_than_it_was_made_and_never_larger_by_shrinking() {
+        let size = |vcpus, mib: u64| Size { vcpus, memory_bytes: mib * MIB };
+        for (wanted, least) in [
+            (size(2, 200), size(2, 202)),
+            (size(0, 0), size(1, 130)),
+            (size(3, 300), size(3, 302)),
+            (size(9, 9000), size(3, 302)),
+            (size(1, 9000), size(1, 302)),
+        ] {
+            assert_eq!(CAPACITY.least(size(3, 302), wanted), least, "{wanted:?}");
+        }
+    }
+
+    #[test]
     fn a_vmm_that_tells_of_no_room_grows_no_vm() {
         let capacity = VmCapacity { max_vcpus: 0, max_memory_bytes: 0, min_memory_bytes: 0, ..CAPACITY };
+        assert!(CAPACITY.is_told() && !capacity.is_told());
         let size = Size { vcpus: 2, memory_bytes: 256 * MIB };
         let wanted = |vcpus, mib: u64| {
             let size = Size { vcpus, memory_bytes: mib * MIB };
