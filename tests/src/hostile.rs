@@ -5,8 +5,9 @@
 const FIRST: u64 = 1000;
 /// MiB between two of them: the daemon rounds to this.
 const STEP: u64 = 2;
-/// What the daemon adds for the guest itself (`cri-server/src/sandbox/size.rs`), in MiB.
-const OVERHEAD: u64 = 64;
+/// What the daemon adds to these limits for the guest itself (`cri-server/src/sandbox/size.rs`), in MiB: 64, and for the records of pages a
+/// 64th of the limit, in steps of 2.
+const OVERHEAD: u64 = 80;
 
 /// How an agent, or its VMM, behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -102,3 +102,16 @@ async fn a_daemon_that_is_killed_over_and_over_loses_nothing_and_leaves_nothing(
     assert!(daemon.vmms().is_empty());
     Ok(())
 }
+
+#[tokio::test]
+async fn pods_come_and_go_while_a_daemon_and_a_vmm_are_killed() -> anyhow::Result<()> {
+    // The short form of `make soak`: a round for each.
+    println!("{}", isopod_tests::soak::pods::run(Duration::ZERO, 2).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn sandboxes_that_are_made_at_once_are_each_ones_own() -> anyhow::Result<()> {
+    println!("{}", isopod_tests::soak::many::run(6, 3).await?);
+    Ok(())
+}
