@@ -80,11 +80,7 @@ impl Handler for BalloonWorker {
     const THREAD: Thread = Thread::Balloon;
 
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
-        for (token, queue) in (0..).zip(&self.queues) {
-            poll.add(queue.notify_fd(), token, EventFlags::IN)?;
-            queue.notify_self().map_err(io::Error::other)?;
-        }
-        Ok(())
+        poll.add_queues(&self.queues)
     }
 
     fn ready(&mut self, _poll: &Poll, token: u64, _events: EventFlags) -> Result<(), Fault> {

@@ -94,11 +94,7 @@ impl Handler for RngWorker {
     const THREAD: Thread = Thread::Rng;
 
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
-        for queue in &self.queues {
-            poll.add(queue.notify_fd(), 0, EventFlags::IN)?;
-            queue.notify_self().map_err(io::Error::other)?;
-        }
-        Ok(())
+        poll.add_queues(&self.queues)
     }
 
     fn ready(&mut self, _poll: &Poll, _token: u64, _events: EventFlags) -> Result<(), Fault> {

@@ -13,7 +13,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
-use super::queue::Fault;
+use super::queue::{DeviceQueue, Fault};
 use super::starter::Starter;
 use crate::jail::seccomp::{self, Thread};
 use crate::virtio::Interrupt;
@@ -32,6 +32,16 @@ impl Poll {
     /// Waits for `events` on `fd` too, which are then told with `token`.
     pub fn add(&self, fd: BorrowedFd<'_>, token: u64, events: EventFlags) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token), events)?)
+    }
+
+    /// Waits for the notifications of `queues`, each with its place among them as token. Chains that are in them already are found as
+    /// well: each is notified once.
+    pub fn add_queues(&self, queues: &[DeviceQueue]) -> io::Result<()> {
+        for (token, queue) in (0..).zip(queues) {
+            self.add(queue.notify_fd(), token, EventFlags::IN)?;
+            queue.notify_self().map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 
     /// Waits no longer for `fd`.

@@ -153,10 +153,7 @@ impl Handler for FsWorker {
     const THREAD: Thread = Thread::FileSystem;
 
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
-        for (index, queue) in self.queues.iter().enumerate() {
-            poll.add(queue.notify_fd(), index as u64, EventFlags::IN)?;
-            queue.notify_self().map_err(io::Error::other)?;
-        }
+        poll.add_queues(&self.queues)?;
         if let Some(link) = &self.link {
             // By edges: it is read and written until it refuses.
             poll.add(rustix::fd::AsFd::as_fd(link), LINK, EventFlags::IN | EventFlags::OUT | EventFlags::ET)?;
