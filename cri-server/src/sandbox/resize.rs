@@ -64,10 +64,8 @@ impl Driver {
             return Ok(());
         }
         let capacity = self.capacity().await?;
-        let grown = match capacity.target(size, wanted) {
-            Ok(target) => self.grow_to(size, target).await,
-            Err(error) => return Err(error),
-        };
+        let target = capacity.target(size, wanted)?;
+        let grown = self.grow_to(size, target).await;
         if grown.is_err() {
             self.shrink_to(size, capacity).await;
         }
@@ -93,11 +91,17 @@ impl Driver {
         if wanted.or(size) == wanted {
             return;
         }
-        match self.capacity().await {
-            // One of an earlier version stays as it is.
-            Ok(capacity) if !capacity.is_told() || capacity.least(size, wanted) == size => {}
-            Ok(capacity) => self.shrink_to(capacity.least(size, wanted), capacity).await,
-            Err(error) => tracing::warn!(error = chain(&error), "the VM stays as large as it is"),
+        let capacity = match self.capacity().await {
+            Ok(capacity) => capacity,
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the VM stays as large as it is");
+                return;
+            }
+        };
+        let target = capacity.least(size, wanted);
+        // One of an earlier version stays as it is.
+        if capacity.is_told() && target != size {
+            self.shrink_to(target, capacity).await;
         }
     }
 
